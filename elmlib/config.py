@@ -114,8 +114,6 @@ class SummaryTrainingConfig:
     """Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5."""
     warm_start: bool = True
     """Start the linear path at the ridge-regression solution instead of at random."""
-    ridge_strength: float = 1000.0
-    """L2 strength of the closed-form fits, on standardised embeddings, above 0."""
 
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2
@@ -212,7 +210,7 @@ class SummaryTrainingConfig:
             _require(self, name, 1)
         for name in ("early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor"):
             _require(self, name, 1)
-        for name in ("residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature", "ridge_strength"):
+        for name in ("residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature"):
             _require(self, name, 1e-12)
         for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "num_workers"):
             _require(self, name, 0)
@@ -231,6 +229,13 @@ class SummaryTrainingConfig:
     def to_json(self) -> str:
         """All fields as a JSON object, which `from_json` reads back to an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which adapter comes out; paths, hardware and tracking are left out.
+
+        Data are known by their fingerprint, not by where they lie.
+        """
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _INDIFFERENT}
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
@@ -262,6 +267,25 @@ class SummaryTrainingConfig:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
+
+
+_INDIFFERENT = frozenset(
+    {
+        "summary_data_path",
+        "checkpoint_dir",
+        "resume_from",
+        "save_interval",
+        "keep_checkpoints",
+        "num_workers",
+        "pin_memory",
+        "persistent_workers",
+        "prefetch_factor",
+        "use_wandb",
+        "wandb_project",
+        "wandb_run_name",
+        "log_level",
+    }
+)
 
 
 def _require(config: Any, name: str, low: float, high: float = float("inf")) -> None:

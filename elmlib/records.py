@@ -135,18 +135,35 @@ def find_split(data_dir: Path, split: str) -> SplitPaths:
 
     Raises FileNotFoundError that names every place looked at.
     """
-    return SplitPaths(
-        _first_existing(data_dir, ("synthesis", "."), f"{split}_synthesis.jsonl"),
-        _first_existing(data_dir, ("embeddings", "."), f"{split}_embeddings.safetensors"),
-    )
+    records = find_records(Path(data_dir) / f"{split}_synthesis.jsonl")
+    return SplitPaths(records, find_embeddings(records))
 
 
-def _first_existing(data_dir: Path, folders: Iterable[str], name: str) -> Path:
-    places = [Path(data_dir) / folder / name for folder in folders]
+def find_records(path: Path) -> Path:
+    """`path`, or the file of that name in `synthesis/` beside it: the guide names both.
+
+    Raises FileNotFoundError that names both places.
+    """
+    return _first_existing([path, path.parent / "synthesis" / path.name], "`elm filter` writes it")
+
+
+def find_embeddings(records: Path) -> Path:
+    """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it.
+
+    Raises FileNotFoundError that names every place looked at.
+    """
+    name = records.name.replace("_synthesis.jsonl", "_embeddings.safetensors")
+    if name == records.name:
+        raise FileNotFoundError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
+    folders = [records.parent, records.parent / "embeddings", records.parent.parent / "embeddings"]
+    return _first_existing([folder / name for folder in folders], "`elm filter` writes it, or use --embeddings")
+
+
+def _first_existing(places: list[Path], hint: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise FileNotFoundError(f"no {name}: looked at {' and '.join(map(str, places))}; `elm filter` writes it")
+    raise FileNotFoundError(f"no {places[0].name}: looked at {', '.join(map(str, places))}; {hint}")
 
 
 class EmbeddingFile:
@@ -170,10 +187,14 @@ class EmbeddingFile:
                 header = json.loads(file.read(length))
             except ValueError as error:
                 raise ValueError(f"{path} is no safetensors file: its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is no safetensors file: its header is no JSON object")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         if list(header) != [TENSOR]:
             raise ValueError(f"{path} holds the tensors {sorted(header)}; expected the single tensor {TENSOR!r}")
         tensor = header[TENSOR]
+        if not (isinstance(tensor, dict) and tensor.keys() >= {"dtype", "shape", "data_offsets"}):
+            raise ValueError(f"{path} is no safetensors file: its header describes the tensor as {tensor}")
         self.dtype: str = tensor["dtype"]
         if self.dtype not in _ITEM_BYTES or len(tensor["shape"]) != 2 or 0 in tensor["shape"]:
             raise ValueError(f"{path}: {self.dtype} of shape {tensor['shape']}; expected 2-D F32 or BF16, not empty")

@@ -1,0 +1,244 @@
+"""The `elm` command: a sub-command a stage, flags made from a config dataclass, help from its docstrings.
+
+Exit codes: 0 done, 1 bad input or a missing file, 2 a wrong flag, 3 unstable training, 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from elmlib.config import OFFLINE_EMBEDDER, CorpusConfig, FilterConfig, SummaryTrainingConfig
+
+logger = logging.getLogger("elmlib")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to summarise, and with which adapter."""
+
+    checkpoint: Path
+    """The adapter, for example data/checkpoints/best_summary_model.safetensors."""
+    input: Path
+    """Records (JSONL), whose embeddings are found beside them, or embeddings alone (safetensors)."""
+    output: Path
+    """JSONL, one line a record in the same order; a stopped run goes on behind its last whole line."""
+    embeddings: Path | None = None
+    """The records' embeddings, where they lie elsewhere."""
+    batch_size: int = 64
+    """Rows generated at once, at least 1."""
+    max_new_tokens: int = 0
+    """Longest summary in tokens; 0 takes the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to score against what."""
+
+    predictions: Path
+    """What `elm generate` wrote."""
+    references: Path
+    """The records that it was written for."""
+    bertscore_model: str = OFFLINE_EMBEDDER
+    """BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli."""
+    bertscore_batch_size: int = 16
+    """Texts per call of the encoder, at least 1."""
+    output: Path | None = None
+    """JSON file for the scores."""
+    seed: int = 0
+    """Seed of the shuffled control."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The size of the demo."""
+
+    output_dir: Path = Path("papermill_runs/demo")
+    """Folder for the executed notebooks, the data and the run."""
+    limit: int = 6000
+    """Pairs of text and summary, over all splits."""
+    epochs: int = 2
+    """Passes over the training pairs."""
+
+
+def corpus(config: CorpusConfig) -> None:
+    """Make a multi-task corpus with embeddings from docstrings, a JSONL file or a Hugging Face dataset."""
+    from elmlib.corpus import build_corpus
+    from elmlib.pretrained import encode, load_embedder
+
+    embedder = load_embedder(config.embedding_model_name, _device())
+    print(build_corpus(config, lambda texts: encode(embedder, texts, config.embedding_batch_size)).to_table())
+
+
+def filter_(config: FilterConfig) -> None:
+    """Keep one task of a corpus and its embeddings, and check that no source stands in two splits."""
+    from elmlib.filtering import filter_corpus
+
+    print(filter_corpus(config).to_table())
+
+
+def train(config: SummaryTrainingConfig) -> None:
+    """Train an adapter; --config FILE or --resume-from CHECKPOINT gives the settings, flags beside it win."""
+    from elmlib.plots import draw_curves
+    from elmlib.tables import score_table
+    from elmlib.trainer import train
+
+    result = train(config)
+    curves = result.best.with_name("curves.png")
+    draw_curves(curves.parent).savefig(curves, dpi=120)
+    print(f"{score_table(result.metrics)}\nbest adapter: {result.best}\ncurves: {curves}")
+
+
+def generate(config: GenerateConfig) -> None:
+    """Write a summary for every record of a split, or for every row of a file of embeddings."""
+    from elmlib.generation import generate_file
+
+    made = generate_file(
+        config.checkpoint, config.input, config.output, config.embeddings, config.batch_size,
+        config.max_new_tokens or None, _device(),
+    )  # fmt: skip
+    print(f"{made} summaries written to {config.output}")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score predictions against their references with BERTScore, beside the same predictions shuffled."""
+    from elmlib.bertscore import BERTScoreEvaluator
+    from elmlib.evaluation import score_texts
+    from elmlib.generation import read_pairs
+    from elmlib.records import write_json
+    from elmlib.tables import score_table
+
+    pairs = read_pairs(config.predictions, config.references)
+    evaluator = BERTScoreEvaluator(config.bertscore_model, config.bertscore_batch_size, _device(), pairs.references)
+    metrics = score_texts(evaluator, *pairs, config.seed)
+    result = metrics | {"bertscore_hash": evaluator.hash}
+    print(score_table(result))
+    if config.output:
+        write_json(config.output, result)
+
+
+def demo(config: DemoConfig) -> None:
+    """Run notebooks 00 to 02 through papermill, from docstrings to summaries written from their vectors."""
+    from elmlib.demo import demo_stages, report, run_stages
+
+    run_stages(demo_stages(config.output_dir, config.limit, config.epochs), config.output_dir, Path("notebooks"))
+    print(f"\n{report(config.output_dir)}")
+
+
+class Command(NamedTuple):
+    """A sub-command: its settings, what it does, and an example."""
+
+    config: type[Any]
+    run: Callable[[Any], None]
+    example: str
+
+
+COMMANDS = {
+    "corpus": Command(CorpusConfig, corpus, "elm corpus --limit 6000"),
+    "filter": Command(FilterConfig, filter_, "elm filter --input-dir data/synthesis"),
+    "train": Command(SummaryTrainingConfig, train, "elm train --data-dir data/summary_filtered --epochs 2"),
+    "generate": Command(
+        GenerateConfig, generate,
+        "elm generate --checkpoint data/checkpoints/best_summary_model.safetensors "
+        "--input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl",
+    ),
+    "evaluate": Command(
+        EvaluateConfig, evaluate,
+        "elm evaluate --predictions results/predictions.jsonl "
+        "--references data/summary_filtered/test_synthesis.jsonl",
+    ),
+    "demo": Command(DemoConfig, demo, "elm demo"),
+}  # fmt: skip
+
+
+def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
+    """The sub-command and its checked settings; exits with 2 for a wrong flag, and with 0 after `--help`."""
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        asked = name in ("-h", "--help")
+        print(_overview() if asked or not name else f"elm: no command {name!r}; there are {', '.join(COMMANDS)}")
+        sys.exit(0 if asked else 2)
+    command, rest = COMMANDS[name], list(arguments[1:])
+    default = None
+    if command.config is SummaryTrainingConfig:
+        default, rest = _base_settings(rest)
+    about = f"{command.run.__doc__}\n\nExample: {command.example}"
+    options = {} if default is None else {"default": default}
+    return command, tyro.cli(command.config, args=rest, prog=f"elm {name}", description=about, **options)
+
+
+def _base_settings(arguments: list[str]) -> tuple[SummaryTrainingConfig | None, list[str]]:
+    """What flags left unsaid means for `elm train`: a settings file, or the run that is resumed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--resume-from", "--checkpoint-dir"):
+        parser.add_argument(flag)
+    known, _ = parser.parse_known_args(arguments)
+    if known.config:
+        rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        rest.add_argument("--config")
+        return SummaryTrainingConfig.from_json(Path(known.config)), rest.parse_known_args(arguments)[1]
+    if known.resume_from:
+        from elmlib.checkpoint import find_checkpoint, load_adapter
+
+        plain = SummaryTrainingConfig(resume_from=known.resume_from)
+        found = find_checkpoint(replace(plain, checkpoint_dir=known.checkpoint_dir or plain.checkpoint_dir))
+        if found:
+            folder = known.checkpoint_dir or str(found.parent)
+            return replace(load_adapter(found).config, checkpoint_dir=folder), arguments
+    return None, arguments
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one sub-command; bad input becomes one line on standard error and an exit code."""
+    try:
+        command, config = parse(sys.argv[1:] if arguments is None else arguments)
+        _log_to_stderr(getattr(config, "log_level", "INFO"))
+        command.run(config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(_fail(error, 1))
+    except RuntimeError as error:
+        if type(error).__name__ != "UnstableTrainingError":  # by name: importing it would load torch for every command
+            raise
+        sys.exit(_fail(error, 3))
+    except KeyboardInterrupt:
+        print("\nelm: interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> int:
+    logger.debug("where it happened", exc_info=error)
+    print(f"elm: error: {error}", file=sys.stderr)
+    return code
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("elm: %(levelname)s: %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: elm COMMAND [--help] ...", "", "commands, in the order of the work:", *lines, "", "examples:"]
+        + [f"  {command.example}" for command in COMMANDS.values()]
+    )
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Notebooks run through papermill, one after the other; what is finished and unchanged is not run again."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from elmlib.records import write_json
+from elmlib.tables import sample_table, score_table
+
+logger = logging.getLogger(__name__)
+
+Value = str | int | float | bool
+
+
+class Stage(NamedTuple):
+    """A notebook, its parameters, and the file that its last cell demands."""
+
+    notebook: str
+    parameters: dict[str, Value]
+    result: Path
+
+
+def run_stages(stages: list[Stage], folder: Path, notebooks: Path) -> None:
+    """Execute each stage's notebook into `folder`, unless it ended well before with the same notebooks and settings.
+
+    Raises FileNotFoundError for a missing notebook or a result that a notebook did not leave, and papermill's own
+    errors for a cell that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    key = _library_digest()
+    for stage in stages:
+        source = notebooks / f"{stage.notebook}.ipynb"
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} does not exist; run this in the repository's folder")
+        key = hashlib.sha256(
+            b"".join([key.encode(), source.read_bytes(), json.dumps(stage.parameters, sort_keys=True).encode()])
+        ).hexdigest()
+        about = folder / f"{stage.notebook}.about.json"
+        before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        same = before.get("key") == key
+        if same and before["finished"] and stage.result.is_file():
+            print(f"{stage.notebook}: finished and unchanged", flush=True)
+            continue
+        write_json(about, {"key": key, "finished": False})
+        # A stage that knows how to go on is told to, but only behind a stop of this very stage.
+        resume = {"resume_from": "latest"} if same and "resume_from" in stage.parameters else {}
+        print(f"{stage.notebook}: running{' on from where it stopped' if resume else ''}", flush=True)
+        _execute(source, folder / f"{stage.notebook}.ipynb", stage.parameters | resume)
+        if not stage.result.is_file():
+            raise FileNotFoundError(f"{source} ran to its end but left no {stage.result}")
+        write_json(about, {"key": key, "finished": True})
+
+
+def _execute(source: Path, output: Path, parameters: dict[str, Value]) -> None:
+    import papermill
+
+    papermill.execute_notebook(
+        str(source), str(output), parameters, kernel_name="python3", log_output=False, progress_bar=True
+    )
+
+
+def _library_digest() -> str:
+    """Of elmlib's own source: a changed library is a changed experiment."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def demo_stages(folder: Path, limit: int, epochs: int, extra: dict[str, Value] | None = None) -> list[Stage]:
+    """Corpus, filter and training of the demo; `extra` are further parameters of the training notebook."""
+    data = folder / "data"
+    corpus = {"output_dir": f"{data}/synthesis", "output_embeddings_dir": f"{data}/embeddings", "limit": limit}
+    filtered = {
+        "input_dir": f"{data}/synthesis",
+        "input_embeddings_dir": f"{data}/embeddings",
+        "output_dir": f"{data}/summary_filtered/synthesis",
+        "output_embeddings_dir": f"{data}/summary_filtered/embeddings",
+    }
+    train = {
+        "data_dir": f"{data}/summary_filtered",
+        "checkpoint_dir": str(folder),
+        "epochs": epochs,
+        "resume_from": "",
+    }
+    return [
+        Stage("00_build_corpus", corpus, data / "synthesis" / "corpus.json"),
+        Stage("01_filter_summaries", filtered, data / "summary_filtered" / "synthesis" / "filter_report.json"),
+        Stage("02_train", train | (extra or {}), folder / "result.json"),
+    ]
+
+
+def report(folder: Path) -> str:
+    """What the demo ends with: scores beside their control, five summaries, and where the curves are."""
+    metrics = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return "\n\n".join(
+        [
+            score_table(metrics),
+            sample_table(folder / "predictions.jsonl"),
+            f"curves: {folder / 'curves.png'}",
+        ]
+    )

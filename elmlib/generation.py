@@ -1,0 +1,181 @@
+"""Summaries for a whole file of embeddings: streamed to JSONL as they are made, and taken up where a stop left them."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import torch
+from tqdm.auto import tqdm
+
+from elmlib.checkpoint import AdapterFile, load_adapter
+from elmlib.data import PromptBatch
+from elmlib.model import Elm, make_adapter
+from elmlib.pretrained import load_llm, native_bf16
+from elmlib.prompts import TASK_TEMPLATES, prompt_ids
+from elmlib.records import (
+    EmbeddingFile,
+    find_embeddings,
+    find_records,
+    parse_line,
+    read_lines,
+    read_records,
+    write_json,
+)
+
+
+class Request(NamedTuple):
+    """What one line of output answers."""
+
+    embedding_index: int
+    template: str
+    source_id: str
+
+
+class LoadedElm(NamedTuple):
+    """An `Elm` built from an adapter file."""
+
+    elm: Elm
+    file: AdapterFile
+
+
+def load_elm(checkpoint: Path, device: torch.device) -> LoadedElm:
+    """The adapter of `checkpoint` on the LLM that it was trained with.
+
+    Raises FileNotFoundError or ValueError for a file that is missing or no adapter, or an LLM that cannot be found.
+    """
+    file = load_adapter(checkpoint)
+    dtype = torch.bfloat16 if file.config.use_bf16 and native_bf16(device) else torch.float32
+    llm, tokenizer = load_llm(file.config.llm_model_name, dtype, device)
+    adapter = make_adapter(file.config, llm.get_input_embeddings().weight)
+    adapter.load_state_dict(file.weights)
+    return LoadedElm(Elm(llm, tokenizer, adapter.to(device).eval()), file)
+
+
+def generate_file(
+    checkpoint: Path,
+    source: Path,
+    output: Path,
+    embeddings: Path | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> int:
+    """Write one summary a line for each record of `source`, in its order; return how many this call made.
+
+    `source` is a records file, whose embeddings are found beside it or given, or a bare safetensors file of
+    embeddings. A stopped run goes on behind its last whole line. Records that share embedding and prompt within a
+    batch are generated once. Raises ValueError where `output` belongs to another checkpoint, input or length, where
+    the embeddings have another size than the adapter's, and for bad records.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_elm(checkpoint, device)
+    config = loaded.file.config
+    length = max_new_tokens or config.max_new_tokens
+    bare = source.suffix == ".safetensors"
+    source = source if bare else find_records(source)
+    with EmbeddingFile(source if bare else embeddings or find_embeddings(source)) as vectors:
+        if vectors.dim != config.embedding_dim:
+            raise ValueError(
+                f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {config.embedding_dim} "
+                f"(from {config.embedding_model_name})"
+            )
+        done = _open_output(output, {"checkpoint": _digest(checkpoint), "input": source.name, "max_new_tokens": length})
+        requests = _bare_requests(vectors) if bare else _record_requests(source, vectors)
+        total = vectors.num_rows if bare else sum(1 for _ in read_lines(source))
+        remaining = islice(requests, done, None)
+        with (
+            open(output, "ab") as file,
+            tqdm(total=total, initial=done, desc="generate", unit="summary", disable=not progress) as bar,
+        ):
+            while chunk := list(islice(remaining, batch_size)):
+                texts = _answer(loaded.elm, chunk, vectors, length, device)
+                for request in chunk:
+                    line = {"source_id": request.source_id, "embedding_index": request.embedding_index}
+                    file.write(orjson.dumps(line | {"prediction": texts[request[:2]]}) + b"\n")
+                file.flush()
+                bar.update(len(chunk))
+    return total - done
+
+
+class TextPairs(NamedTuple):
+    """Predictions beside their references, in one order."""
+
+    predictions: list[str]
+    references: list[str]
+    sources: list[str]
+
+
+def read_pairs(predictions: Path, references: Path) -> TextPairs:
+    """The lines of a predictions file beside the records that it was written for.
+
+    Raises ValueError for files of unequal length, or where a line belongs to another embedding than its record.
+    """
+    references = find_records(references)
+    records = list(read_records(references, num_rows=sys.maxsize))
+    lines = [(f"{predictions}, line {number}", line) for number, line in read_lines(predictions)]
+    if len(lines) != len(records):
+        raise ValueError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
+    texts = []
+    for (where, line), record in zip(lines, records, strict=True):
+        values = parse_line(line, where)
+        if not isinstance(values, dict) or not isinstance(values.get("prediction"), str):
+            raise ValueError(f"{where}: expected a JSON object with the text field 'prediction'")
+        if values.get("embedding_index", record.embedding_index) != record.embedding_index:
+            raise ValueError(
+                f"{where}: made from embedding {values['embedding_index']}, but its record in {references} has "
+                f"{record.embedding_index}; were they written for the same file?"
+            )
+        texts.append(values["prediction"])
+    return TextPairs(texts, [record.target_text for record in records], [record.source for record in records])
+
+
+def _answer(
+    elm: Elm, chunk: list[Request], vectors: EmbeddingFile, length: int, device: torch.device
+) -> dict[tuple[int, str], str]:
+    texts: dict[tuple[int, str], str] = {}
+    for template in dict.fromkeys(request.template for request in chunk):
+        rows = list(dict.fromkeys(request.embedding_index for request in chunk if request.template == template))
+        given = torch.cat([torch.from_numpy(vectors.rows(row, row + 1).copy()) for row in rows])
+        batch = PromptBatch(given, prompt_ids(elm.tokenizer, template)).to(device)
+        texts |= zip(((row, template) for row in rows), elm.generate(batch, length), strict=True)
+    return texts
+
+
+def _record_requests(records: Path, vectors: EmbeddingFile) -> Iterator[Request]:
+    for record in read_records(records, vectors.num_rows):
+        yield Request(record.embedding_index, record.input_prompt_template, record.source_id)
+
+
+def _bare_requests(vectors: EmbeddingFile) -> Iterator[Request]:
+    for row in range(vectors.num_rows):
+        yield Request(row, TASK_TEMPLATES["summary"], "")
+
+
+def _open_output(output: Path, made_by: dict[str, str | int]) -> int:
+    """Cut a torn last line off an output of the same making, and return its whole lines."""
+    about = output.with_name(output.name + ".about.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        write_json(about, made_by)
+        return 0
+    before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+    if before != made_by:
+        raise ValueError(f"{output} exists and was made from {before}, not from {made_by}; remove it or name another")
+    with open(output, "r+b") as file:
+        lines = size = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, size = lines + 1, size + len(line)
+        file.truncate(size)
+    return lines
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

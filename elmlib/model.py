@@ -1,0 +1,145 @@
+"""`Elm`: a frozen LLM that reads an adapter's soft tokens. One function puts them in place, for loss and generation."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from elmlib.adapter import EmbeddingAdapter, token_embedding_rms
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data import Batch, PromptBatch
+from elmlib.prompts import PromptIds
+
+
+class Reading(NamedTuple):
+    """What one forward pass gives."""
+
+    soft_tokens: Tensor
+    """(batch, num_soft_tokens, llm_dim) float32."""
+    logits: Tensor
+    """(batch, answer length, vocab), in the LLM's dtype; position t predicts label t."""
+
+
+class Prefix(NamedTuple):
+    """The constant beginning of a prompt, read once by the frozen LLM."""
+
+    embeds: Tensor
+    """(1, prefix length, llm_dim)."""
+    cache: DynamicCache
+
+
+class Elm:
+    """A frozen LLM and the adapter that speaks to it."""
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: EmbeddingAdapter,
+        use_gradient_checkpointing: bool = False,
+    ):
+        assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
+        self.llm, self.tokenizer, self.adapter = llm, tokenizer, adapter
+        self.table: Tensor = llm.get_input_embeddings().weight
+        self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
+        self._share_prefix = not use_gradient_checkpointing
+        if use_gradient_checkpointing:
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def with_adapter(self, adapter: EmbeddingAdapter) -> "Elm":
+        """The same LLM and cached prompts with another adapter."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
+
+    def __call__(self, batch: Batch) -> Reading:
+        """Teacher forcing: logits of the answer positions alone, given the embeddings and the answer so far."""
+        soft = self.adapter(batch.embeddings)
+        answer = batch.labels[:, :-1].clamp_min(0)  # padding sits right of every label, where causality hides it
+        embeds, cache = self._place(batch.prompt, soft, self._embed(answer))
+        # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
+        self.llm.train(not self._share_prefix and torch.is_grad_enabled())
+        # Positions as a tensor, not a count: indexing copies them into one block, which the output layer multiplies
+        # at once; of a slice it would copy its whole weight for every row.
+        answers = torch.arange(embeds.shape[1] - batch.labels.shape[1], embeds.shape[1], device=embeds.device)
+        logits = self.llm(
+            inputs_embeds=embeds,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=answers,
+        ).logits
+        return Reading(soft, logits)
+
+    @torch.no_grad()
+    def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
+        """Greedy answers, one a row, stripped of surrounding white space."""
+        self.llm.eval()
+        soft = self.adapter(batch.embeddings)
+        embeds, cache = self._place(batch.prompt, soft, None)
+        if cache is not None:
+            # All but the last position is read here, without logits: generate() would copy the output layer's weight
+            # for every row. It wants embeddings and mask of full length and skips what the cache holds.
+            self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
+            embeds = torch.cat([self._prefix(batch.prompt).embeds.expand(len(embeds), -1, -1), embeds], dim=1)
+        ends = sorted({batch.prompt.end_of_turn, self.tokenizer.eos_token_id})
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        ids = self.llm.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            past_key_values=cache,
+            generation_config=config,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _place(self, prompt: PromptIds, soft: Tensor, answer: Tensor | None) -> tuple[Tensor, DynamicCache | None]:
+        """Put soft tokens into the prompt: [prefix] [soft tokens] [suffix] [answer].
+
+        With a shared prefix, that part comes as a cache of keys and values, and the embeddings hold the rest only.
+        soft (batch, k, llm_dim); answer (batch, length, llm_dim) or None; returns (batch, length, llm_dim) and cache.
+        """
+        batch = len(soft)
+        suffix = self._embed(torch.tensor([prompt.suffix], device=soft.device)).expand(batch, -1, -1)
+        parts = [soft.to(suffix.dtype), suffix] + ([] if answer is None else [answer])
+        prefix = self._prefix(prompt)
+        if not self._share_prefix:
+            return torch.cat([prefix.embeds.expand(batch, -1, -1), *parts], dim=1), None
+        cache = copy.deepcopy(prefix.cache)  # a forward pass appends to the cache that it is given
+        cache.batch_repeat_interleave(batch)
+        return torch.cat(parts, dim=1), cache
+
+    @torch.no_grad()
+    def _prefix(self, prompt: PromptIds) -> Prefix:
+        key = tuple(prompt.prefix)
+        if key not in self._prefixes:
+            ids = torch.tensor([prompt.prefix], device=self.table.device)
+            cache = DynamicCache(config=self.llm.config)
+            if self._share_prefix:
+                self.llm(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._prefixes[key] = Prefix(self._embed(ids), cache)
+        return self._prefixes[key]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.llm.get_input_embeddings()(ids)
+
+
+def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapter:
+    """A fresh adapter of the config's shape, seeded, its output at the scale of `table` (vocab, llm_dim)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return EmbeddingAdapter(
+            embedding_dim=config.embedding_dim,
+            llm_dim=table.shape[1],
+            num_soft_tokens=config.num_soft_tokens,
+            hidden_dim=config.hidden_dim,
+            dropout_rate=config.dropout_rate,
+            residual_scale=config.residual_scale,
+            token_rms=token_embedding_rms(table),
+        )

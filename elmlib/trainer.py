@@ -1,0 +1,252 @@
+"""The training loop, on accelerate: steps, evaluations, checkpoints, early stopping, exact resume."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from elmlib import checkpoint
+from elmlib.adapter import mean_token_embedding
+from elmlib.checkpoint import BEST, RunState
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data import Batch, epoch_batches, load_batches
+from elmlib.losses import LossParts, info_nce, text_drift, token_nll
+from elmlib.records import write_json
+from elmlib.tracking import MetricsLog, ProgressBar, Row, Tracker, Trackers, WandbLog
+from elmlib.validation import Validation, validate
+from elmlib.workbench import Workbench, prepare
+
+logger = logging.getLogger(__name__)
+
+_LOSS_MEMORY = 0.95  # of the running mean that a spike is measured against: about the last 20 steps
+_SPIKE_WARMUP = 20  # steps before that mean means something
+
+
+class UnstableTrainingError(RuntimeError):
+    """The loss is not finite or has jumped; the message names the step, the last checkpoint and what to try."""
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    best: Path
+    """`best_summary_model.safetensors`, best by BERTScore composite."""
+    last: Path
+    """The last step checkpoint."""
+    metrics: dict[str, float]
+    """The best evaluation's figures beside their controls, times and trained parameters; also in result.json."""
+
+
+def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
+    """One forward pass and every loss that the config asks for; a loss that it does not ask for is 0."""
+    soft, logits = bench.elm(batch)
+    log_probs = logits.float().log_softmax(-1)  # once, for every loss that looks at the prediction
+    contrastive = drift = similarity = torch.zeros((), device=logits.device)
+    if config.use_contrastive_loss:
+        positives = mean_token_embedding(batch.labels, bench.elm.table, bench.idf)
+        contrastive = info_nce(soft.mean(1), positives, batch.sources, config.contrastive_temperature).sum()
+    if config.use_text_drift_loss:
+        meanings = bench.readout(log_probs, batch.labels)
+        losses, cosines = text_drift(meanings, batch.embeddings, config.text_drift_target_similarity)
+        drift, similarity = losses.sum(), cosines.detach().sum()
+    nll = token_nll(log_probs, batch.labels)
+    return LossParts(nll, contrastive, drift, similarity, batch.num_tokens, len(batch.labels))
+
+
+def learning_rate(step: int, total_steps: int, config: SummaryTrainingConfig) -> float:
+    """The rate of optimizer step `step`, from 0: linear warm-up, then a half cosine to 0."""
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def train(config: SummaryTrainingConfig, trackers: Sequence[Tracker] = ()) -> TrainResult:
+    """Train an adapter, or go on where `config.resume_from` stopped; both end in the same bytes on a CPU.
+
+    `trackers` see every row beside the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases.
+    Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
+    """
+    return _Run(config, trackers).finish()
+
+
+class _Run:
+    """One run: what changes while it trains, in one place, so that all of it goes into a checkpoint."""
+
+    def __init__(self, config: SummaryTrainingConfig, trackers: Sequence[Tracker]):
+        self.config, self.extra = config, trackers
+        self.accelerator = Accelerator()
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.folder = Path(config.checkpoint_dir)
+        found = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once
+        self.bench = prepare(config, self.device)
+        self.adapter = self.bench.elm.adapter
+        self.fingerprint = self.bench.train.fingerprint
+        optimizer = torch.optim.AdamW(
+            self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        torch.manual_seed(config.seed + self.accelerator.process_index)
+        self.state = RunState()
+        if found:
+            checkpoint.check_same_run(found, config, self.fingerprint)
+            self.state = checkpoint.load_run(found, self.adapter, optimizer)
+            logger.info("resumed from %s", found)
+        elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
+            logger.warning("%s held a run; it was moved to %s", self.folder, archive)
+        self.bench.elm.adapter = self.accelerator.prepare_model(self.adapter)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.windows_per_epoch = [len(self._windows(epoch)) for epoch in range(config.max_epochs)]
+        self.total_steps = sum(self.windows_per_epoch)
+        if not self.total_steps:
+            raise ValueError(f"{len(self.bench.train)} training rows are too few for {self.world} processes")
+
+    def finish(self) -> TrainResult:
+        """Train to the end and write result.json."""
+        with self._trackers() as self.trackers:
+            if self.state.step == 0:
+                self._evaluate(epoch_ends=False)  # where the warm start alone stands
+            while self.state.epoch < self.config.max_epochs and not self._is_stale():
+                self._epoch()
+        metrics = {
+            "train_seconds": self.state.train_seconds,
+            "eval_seconds": self.state.eval_seconds,
+            "num_parameters_trained": sum(p.numel() for p in self.adapter.parameters()),
+            "best_step": self.state.best_step,
+            "steps": self.state.step,
+            "too_long": self.bench.train.too_long + self.bench.val.too_long,
+        }
+        if self.accelerator.is_main_process:
+            metrics = dict(self.state.best_values) | metrics
+            write_json(self.folder / "result.json", metrics | {"bertscore_hash": self.bench.evaluator.hash})
+        last = self.folder / f"adapter_step_{self.state.step}.safetensors"
+        return TrainResult(self.folder / BEST, last, metrics)
+
+    def _trackers(self) -> Trackers:
+        if not self.accelerator.is_main_process:
+            return Trackers()
+        built: list[Tracker] = [MetricsLog(self.folder / "metrics.jsonl", self.state.step)]
+        if self.config.use_wandb:
+            built.append(WandbLog(self.config))
+        return Trackers(*built, ProgressBar(self.total_steps, self.state.step), *self.extra)
+
+    def _windows(self, epoch: int) -> list[list[list[int]]]:
+        """The epoch's optimizer steps: for each, its batches here. Batches too few for all processes are left out."""
+        batches = epoch_batches(self.bench.train, self.config.batch_size, self.config.seed, epoch)
+        batches = batches[: len(batches) // self.world * self.world]
+        size = self.config.gradient_accumulation_steps * self.world
+        windows = [batches[start : start + size] for start in range(0, len(batches), size)]
+        return [window[self.accelerator.process_index :: self.world] for window in windows]
+
+    def _epoch(self) -> None:
+        windows = self._windows(self.state.epoch)[self.state.window :]
+        loader = load_batches(self.bench.train, [batch for window in windows for batch in window], self.config)
+        self.adapter.train()
+        for window in windows:
+            started = time.perf_counter()
+            values = self._step([next(loader).to(self.device) for _ in window])
+            seconds = self.state.train_seconds + time.perf_counter() - started
+            self.state = replace(
+                self.state, step=self.state.step + 1, window=self.state.window + 1, train_seconds=seconds
+            )
+            self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
+            epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
+            evaluates = epoch_ends or self.state.step % self.config.eval_interval == 0
+            if evaluates:
+                self._evaluate(epoch_ends)
+            if evaluates or self.state.step % self.config.save_interval == 0:
+                self._save()
+
+    def _step(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step over all batches of a window, each loss a sum over the window divided by its count."""
+        config, accelerator = self.config, self.accelerator
+        rate = learning_rate(self.state.step, self.total_steps, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        counts = torch.tensor([[b.num_tokens, len(b.labels)] for b in batches], device=self.device).sum(0)
+        tokens, rows = accelerator.reduce(counts, reduction="sum").tolist()
+        sums = torch.zeros(5, device=self.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.bench.elm.adapter):
+                parts = loss_parts(self.bench, batch, config)
+                loss = (
+                    parts.nll / tokens
+                    + config.contrastive_weight * parts.contrastive / rows
+                    + config.text_drift_weight * parts.drift / rows
+                )
+                # DistributedDataParallel averages gradients over processes; the counts above are of all of them.
+                accelerator.backward(loss * self.world)
+            sums += torch.stack([x.detach() for x in (loss, *parts[:4])])
+        loss_sum, nll, contrastive, drift, similarity = accelerator.reduce(sums, reduction="sum").tolist()
+        self._check_stable(loss_sum)
+        norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        values = {"loss": loss_sum, "nll": nll / tokens, "learning_rate": rate, "grad_norm": float(norm)}
+        if config.use_contrastive_loss:
+            values["contrastive"] = contrastive / rows
+        if config.use_text_drift_loss:
+            values |= {"drift": drift / rows, "drift_similarity": similarity / rows}
+        return values
+
+    def _check_stable(self, loss: float) -> None:
+        mean = self.state.loss_mean
+        spike = self.state.step >= _SPIKE_WARMUP and loss > self.config.spike_factor * mean
+        if not math.isfinite(loss) or spike:
+            saved = [str(path) for path in checkpoint.step_checkpoints(self.folder)]
+            raise UnstableTrainingError(
+                f"step {self.state.step + 1}: the loss is {loss:.4g}, its running mean {mean:.4g}. "
+                f"Last good checkpoint: {saved[-1] if saved else 'none yet'}. Try a lower --learning-rate (now "
+                f"{self.config.learning_rate:g}), a lower --max-grad-norm (now {self.config.max_grad_norm:g}), or look "
+                "for bad rows with `elm filter`"
+            )
+        kept = _LOSS_MEMORY if self.state.step else 0.0
+        self.state = replace(self.state, loss_mean=kept * mean + (1 - kept) * loss)
+
+    def _evaluate(self, epoch_ends: bool) -> None:
+        """Evaluate on the main process, keep the best adapter, and count the epochs without a better one."""
+        started = time.perf_counter()
+        state = self.state
+        if self.accelerator.is_main_process:
+            result = validate(self.bench.with_adapter(self.adapter), self.config, self.device)
+            values = result.values()
+            self.trackers.log(Row("eval", state.step, self._epochs_done(), values))
+            if values["bertscore_composite"] > state.best_composite:
+                self._keep_best(result)
+                state = replace(
+                    state, best_composite=values["bertscore_composite"], best_step=state.step, improved=True,
+                    best_values=tuple(values.items()),
+                )  # fmt: skip
+        if epoch_ends:
+            stale = 0 if state.improved else state.stale_epochs + 1
+            state = replace(state, epoch=state.epoch + 1, window=0, improved=False, stale_epochs=stale)
+        state = replace(state, eval_seconds=state.eval_seconds + time.perf_counter() - started)
+        self.state = broadcast_object_list([state])[0]
+        self.adapter.train()
+        if epoch_ends and self._is_stale():
+            logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
+
+    def _keep_best(self, result: Validation) -> None:
+        checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)
+        result.write_predictions(self.folder / "predictions.jsonl", self.bench.val)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, self.config, self.fingerprint)
+        self.accelerator.wait_for_everyone()
+
+    def _is_stale(self) -> bool:
+        return self.state.stale_epochs >= self.config.early_stopping_patience
+
+    def _epochs_done(self) -> float:
+        if self.state.epoch == self.config.max_epochs:
+            return float(self.state.epoch)
+        return self.state.epoch + self.state.window / self.windows_per_epoch[self.state.epoch]

@@ -1,0 +1,124 @@
+"""A tiny random LLM, real MiniLM vectors and a small filtered corpus, each made once per test run."""
+
+import os
+import random
+from pathlib import Path
+
+# One thread: tiny models gain nothing from more, and threads that wait for a busy core make tests many times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
+from elmlib.pretrained import encode, load_embedder
+from elmlib.prompts import TASK_TEMPLATES
+from elmlib.records import SPLITS, Record, write_embeddings
+
+SUBJECTS = ("parser", "server", "tensor", "kernel", "socket", "buffer", "thread", "planet", "garden", "engine")
+VERBS = ("reads", "writes", "opens", "closes", "moves", "counts", "copies", "sorts", "paints", "measures")
+OBJECTS = ("the file", "a long queue", "every pixel", "the small table", "an old letter", "the cold water", "two keys")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    """(text, summary) pairs, all different."""
+    combinations = [(s, v, o) for s in SUBJECTS for v in VERBS for o in OBJECTS]
+    chosen = random.Random(seed).sample(combinations, count)
+    return [(f"Each day the {s} {v} {o} and then it rests until noon.", f"The {s} {v} {o}.") for s, v, o in chosen]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the sentences, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for pair in sentences(300, 0) for text in pair], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llm")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,  # at the usual 0.02 two random layers hardly pass anything on
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A filtered corpus in the guide's layout: 96 / 24 / 24 rows of generated sentences with MiniLM vectors."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = sentences(144, 1)
+    vectors = encode(load_embedder(OFFLINE_EMBEDDER, torch.device("cpu")), [text for text, _ in pairs], 64)
+    start = 0
+    for split, count in zip(SPLITS, (96, 24, 24), strict=True):
+        rows = slice(start, start + count)
+        write_split(folder, split, pairs[rows], vectors[rows])
+        start += count
+    return folder
+
+
+def write_split(folder: Path, split: str, pairs: list[tuple[str, str]], vectors: np.ndarray) -> None:
+    """One split in the guide's layout."""
+    records = [
+        Record("summary", TASK_TEMPLATES["summary"], i, summary, 0, 0.3, 0.85, 5, f"{split}-{i}", text)
+        for i, (text, summary) in enumerate(pairs)
+    ]
+    path = folder / "synthesis" / f"{split}_synthesis.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(record.to_line() for record in records))
+    write_embeddings(folder / "embeddings" / f"{split}_embeddings.safetensors", vectors.shape, [vectors.tobytes()])
+
+
+@pytest.fixture
+def tiny_config(tiny_llm: Path, small_data: Path, tmp_path: Path) -> SummaryTrainingConfig:
+    """A run of a few seconds that uses every loss."""
+    return SummaryTrainingConfig(
+        llm_model_name=str(tiny_llm),
+        summary_data_path=str(small_data),
+        checkpoint_dir=str(tmp_path / "run"),
+        hidden_dim=32,
+        batch_size=8,
+        eval_interval=6,
+        eval_samples=8,
+        eval_nll_samples=16,
+        max_new_tokens=8,
+        save_interval=4,
+    )

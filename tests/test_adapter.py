@@ -1,0 +1,261 @@
+"""The adapter keeps the scale it is given, starts where it is told, and its closed forms are the textbook's."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from elmlib.adapter import (
+    EmbeddingAdapter,
+    LinearMap,
+    NormalEquations,
+    fit_ridge,
+    mean_and_std,
+    mean_token_embedding,
+    token_embedding_rms,
+    token_idf,
+)
+
+DIM, LLM_DIM, TOKENS, HIDDEN = 6, 10, 3, 8
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(dim=DIM, llm_dim=LLM_DIM, tokens=TOKENS, dropout=0.0, scale=0.1, rms=1.0):
+    torch.manual_seed(0)
+    return EmbeddingAdapter(dim, llm_dim, tokens, HIDDEN, dropout, scale, rms)
+
+
+def randomised(**shape):
+    """An adapter as training might leave it: no weight at zero, no statistic at its default."""
+    adapter = make(**shape)
+    with torch.no_grad():
+        for seed, parameter in enumerate(adapter.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed))
+    adapter.standardise(normal(DIM, seed=50), normal(DIM, seed=51).abs() + 0.5)
+    return adapter
+
+
+def noisy_rows(rows, noise, seed):
+    """x and a y that is linear in it but for noise; neither is centred."""
+    x = normal(rows, DIM, seed=seed) + 2
+    y = x @ normal(DIM, 4, seed=99) + 5 + noise * normal(rows, 4, seed=seed + 1)
+    return x, y
+
+
+def in_chunks(sizes, *tensors):
+    return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+
+
+def textbook_ridge(x, y, strength):
+    """Centre, shrink the slope alone, and let the bias make up for the means."""
+    x, y = x.double(), y.double()
+    centred = x - x.mean(0)
+    gram = centred.T @ centred + strength * torch.eye(DIM, dtype=torch.float64)
+    slope = torch.linalg.inv(gram) @ centred.T @ (y - y.mean(0))
+    return slope, y.mean(0) - x.mean(0) @ slope
+
+
+def error_over_rows(x, y, slope, bias):
+    return sum((row @ slope + bias - goal).square().sum().item() for row, goal in zip(x, y, strict=True)) / len(x)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_an_embedding_becomes_soft_tokens(tokens):
+    out = make(tokens=tokens)(normal(5, DIM))
+    assert out.shape == (5, tokens, LLM_DIM)
+    assert out.dtype == torch.float32
+
+
+def test_each_soft_token_has_the_rms_of_the_token_embeddings():
+    table = normal(30, LLM_DIM, seed=3) * 0.07
+    rms = token_embedding_rms(table)
+    assert rms == pytest.approx(math.sqrt(sum(v * v for v in table.flatten().tolist()) / table.numel()), rel=1e-6)
+    out = make(rms=rms)(normal(5, DIM))
+    torch.testing.assert_close(out.square().mean(-1).sqrt(), torch.full((5, TOKENS), rms))
+
+
+def test_the_rms_over_the_gain_is_one_whatever_the_weights():
+    adapter = randomised()
+    over_gain = adapter(normal(5, DIM)) / adapter.norm.weight
+    torch.testing.assert_close(over_gain.square().mean(-1).sqrt(), torch.ones(5, TOKENS))
+
+
+def test_forward_equals_its_naive_twin():
+    adapter = randomised(scale=0.3)
+    weights = {name: value.detach() for name, value in adapter.named_parameters()}
+    embeddings = normal(4, DIM, seed=7)
+    out = adapter(embeddings)
+    for row in range(4):
+        x = (embeddings[row] - adapter.mean) / adapter.std
+        hidden = weights["up.weight"] @ x + weights["up.bias"]
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))  # GELU
+        mlp = weights["down.weight"] @ hidden + weights["down.bias"]
+        z = 0.3 * (weights["linear.weight"] @ x + weights["linear.bias"]) + mlp
+        for token in range(TOKENS):
+            piece = z[token * LLM_DIM : (token + 1) * LLM_DIM]
+            expected = weights["norm.weight"] * piece / piece.square().mean().sqrt()
+            torch.testing.assert_close(out[row, token], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_does_not_matter_before_the_mlp_has_learned():
+    adapter, x = make(dropout=0.5), normal(5, DIM)
+    assert not adapter.down.weight.any()
+    assert not adapter.down.bias.any()
+    assert torch.equal(adapter.train()(x), adapter.eval()(x))
+
+
+def test_dropout_acts_in_training_only():
+    adapter, x = randomised(dropout=0.5), normal(5, DIM)
+    assert not torch.equal(adapter.train()(x), adapter(x))
+    assert torch.equal(adapter.eval()(x), adapter(x))
+
+
+def test_the_warm_start_puts_every_soft_token_at_the_fitted_map():
+    adapter, x = make(rms=0.2), normal(5, DIM, seed=4)
+    adapter.standardise(normal(DIM, seed=5), normal(DIM, seed=6).abs() + 0.5)
+    fit = LinearMap(normal(LLM_DIM, DIM, seed=7), normal(LLM_DIM, seed=8))
+    adapter.warm_start(fit)
+    goal = fit(adapter.standardised(x))
+    expected = 0.2 * goal / goal.square().mean(-1, keepdim=True).sqrt()
+    for token in range(TOKENS):
+        torch.testing.assert_close(adapter(x)[:, token], expected)
+
+
+def test_a_warm_start_of_the_wrong_size_is_refused():
+    with pytest.raises(AssertionError):
+        make().warm_start(LinearMap(torch.zeros(LLM_DIM + 1, DIM), torch.zeros(LLM_DIM + 1)))
+
+
+def test_one_soft_token_of_equal_size_starts_as_the_identity():
+    x = normal(5, LLM_DIM)
+    out = make(dim=LLM_DIM, tokens=1)(x)
+    torch.testing.assert_close(out[:, 0], x / x.square().mean(-1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize(("dim", "tokens"), [(LLM_DIM, 2), (DIM, 1)])
+def test_any_other_shape_does_not(dim, tokens):
+    x = normal(5, dim)
+    assert F.cosine_similarity(make(dim=dim, tokens=tokens)(x).flatten(1)[:, :dim], x).abs().max() < 0.99
+
+
+def test_standardised_rows_have_mean_zero_and_deviation_one():
+    adapter, x = make(), normal(50, DIM) * 3 + 7
+    adapter.standardise(*mean_and_std([x]))
+    standard = adapter.standardised(x)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(DIM), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standard.std(0, correction=0), torch.ones(DIM))
+
+
+def test_a_dimension_that_never_varies_does_not_divide_by_zero():
+    x = normal(20, DIM)
+    x[:, 2] = 0.1  # not exact in binary, so that a careless mean would leave a remainder
+    adapter = make()
+    adapter.standardise(*mean_and_std([x]))
+    assert not adapter.standardised(x)[:, 2].any()
+    assert adapter(x).isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 300.0])
+def test_ridge_equals_the_textbook(strength):
+    x, y = noisy_rows(40, 0.5, seed=1)
+    solution = NormalEquations([(x, y)]).solve(strength)
+    slope, bias = textbook_ridge(x, y, strength)
+    torch.testing.assert_close(solution[:-1], slope)
+    torch.testing.assert_close(solution[-1], bias)
+
+
+def test_the_bias_is_not_shrunk():
+    x, y = noisy_rows(40, 0.5, seed=1)
+    solution = NormalEquations([(x, y)]).solve(1e12)
+    assert solution[:-1].abs().max() < 1e-6
+    torch.testing.assert_close(solution[-1].float(), y.mean(0))
+
+
+def test_least_squares_does_not_depend_on_the_chunks():
+    x, y = noisy_rows(40, 0.5, seed=1)
+    whole = NormalEquations([(x, y)])
+    for sizes in ([1] * 40, [7, 30, 3]):
+        pieces = NormalEquations(in_chunks(sizes, x, y))
+        assert pieces.rows == 40
+        torch.testing.assert_close(pieces.solve(2.0), whole.solve(2.0))
+        assert pieces.mean_error(whole.solve(2.0)) == pytest.approx(whole.mean_error(whole.solve(2.0)))
+
+
+def test_the_error_from_moments_is_the_error_over_rows():
+    x, y = noisy_rows(40, 0.5, seed=1)
+    solution = NormalEquations([(x, y)]).solve(3.0)
+    held_x, held_y = noisy_rows(15, 0.5, seed=20)
+    expected = error_over_rows(held_x.double(), held_y.double(), solution[:-1], solution[-1])
+    assert NormalEquations([(held_x, held_y)]).mean_error(solution) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0, 100.0])
+def test_the_strength_with_the_least_validation_error_is_chosen(noise):
+    train, val = noisy_rows(12, noise, seed=1), noisy_rows(30, noise, seed=20)
+    fit, strength = fit_ridge(NormalEquations([train]), NormalEquations([val]))
+    scale = train[0].double().square().sum(0).mean().item()
+    strengths = [scale * factor * 10**exponent for exponent in range(-4, 2) for factor in (1, math.sqrt(10))]
+    errors = [error_over_rows(*(t.double() for t in val), *textbook_ridge(*train, s)) for s in strengths]
+    assert strength == pytest.approx(strengths[errors.index(min(errors))])
+    slope, bias = textbook_ridge(*train, strength)
+    torch.testing.assert_close(fit.weight, slope.T.float())
+    torch.testing.assert_close(fit.bias, bias.float())
+    assert fit.weight.dtype == fit.bias.dtype == torch.float32
+
+
+def test_noise_is_shrunk_more_than_signal():
+    def chosen(noise):
+        return fit_ridge(*(NormalEquations([noisy_rows(12, noise, seed=seed)]) for seed in (1, 20)))[1]
+
+    assert chosen(0.0) < chosen(100.0)
+
+
+@pytest.mark.parametrize("sizes", [[30], [1] * 30, [29, 1]])
+def test_mean_and_std_equal_torch_whatever_the_chunks(sizes):
+    x = normal(30, DIM) * 0.01 + 5
+    mean, std = mean_and_std(x.split(sizes))
+    torch.testing.assert_close(mean, x.double().mean(0).float())
+    torch.testing.assert_close(std, x.double().std(0, correction=0).float())
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="no rows"):
+        mean_and_std([])
+    with pytest.raises(ValueError, match="no rows"):
+        NormalEquations([])
+
+
+def test_token_idf_equals_its_naive_twin():
+    answers = [[1, 2, 2, 9], [2, 3, 9], [1, 9], [9]]
+    idf = token_idf(answers, 10)
+    for token in range(10):
+        found = sum(token in answer for answer in answers)
+        assert idf[token].item() == pytest.approx(math.log(5 / (found + 1)), abs=1e-6)
+    assert idf[9] == 0  # what stands in every answer, such as the end of turn, tells nothing
+    assert (idf >= 0).all()
+
+
+def test_mean_token_embedding_equals_its_naive_twin():
+    table, weights = normal(10, LLM_DIM), normal(10, seed=1).abs()
+    weights[0] = 0.0
+    answers = [[1, 2, 2, 9], [3], [0, 0], [0, 7, 0]]  # the third weighs nothing: its plain mean
+    labels = torch.full((4, 5), -100)
+    for row, answer in enumerate(answers):
+        labels[row, : len(answer)] = torch.tensor(answer)
+    means = mean_token_embedding(labels, table, weights)
+    for row, answer in enumerate(answers):
+        total, weight = torch.zeros(LLM_DIM), 0.0
+        for token in answer:
+            share = 1.0 if row == 2 else weights[token].item()
+            total, weight = total + share * table[token], weight + share
+        torch.testing.assert_close(means[row], total / weight)
+
+
+def test_mean_token_embedding_is_float32_of_any_table():
+    table = normal(10, LLM_DIM).bfloat16()
+    means = mean_token_embedding(torch.tensor([[1, 2]]), table, torch.ones(10))
+    torch.testing.assert_close(means[0], table[1:3].float().mean(0))

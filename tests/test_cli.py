@@ -1,0 +1,130 @@
+"""Every command of the guide has its `elm` twin; bad input is one line and an exit code."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elmlib import cli
+from elmlib.config import CorpusConfig, FilterConfig, SummaryTrainingConfig
+from elmlib.records import find_split
+from elmlib.trainer import train
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands() -> list[list[str]]:
+    """The `elm ...` commands in the README's table of the guide, as argument lists."""
+    table = README.split("<!-- guide commands -->")[1]
+    return [match.split() for match in re.findall(r"`elm ([^`]+)`", table)]
+
+
+def test_the_readme_lists_the_guides_commands() -> None:
+    used = [command[0] for command in readme_commands()]
+    assert used.count("train") >= 13  # three in Training, ten in Troubleshooting
+    assert {"filter", "train", "generate", "evaluate"} <= set(used)
+
+
+@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
+def test_every_command_of_the_guide_parses(
+    arguments: list[str], tmp_path: Path, tiny_config: SummaryTrainingConfig
+) -> None:
+    if "--resume-from" in arguments:  # its settings come out of the checkpoint, so there has to be one
+        last = train(replace(tiny_config, max_epochs=1)).last
+        arguments = [str(last) if argument.endswith("step_1000.safetensors") else argument for argument in arguments]
+    command, config = cli.parse(arguments)
+    assert command is cli.COMMANDS[arguments[0]]
+    assert isinstance(config, command.config)
+
+
+def test_flags_reach_the_config() -> None:
+    flags = "--epochs 3 --batch-size 4 --learning-rate 1e-4 --drift-weight 0.05 --no-use-contrastive --dropout 0.2"
+    flags += " --drift-target-similarity 0.8 --wandb --wandb-project p --gradient-checkpointing --no-use-bf16"
+    _, config = cli.parse(["train", *flags.split()])
+    assert config == SummaryTrainingConfig(
+        max_epochs=3, batch_size=4, learning_rate=1e-4, text_drift_weight=0.05, use_contrastive_loss=False,
+        dropout_rate=0.2, text_drift_target_similarity=0.8, use_wandb=True, wandb_project="p",
+        use_gradient_checkpointing=True, use_bf16=False,
+    )  # fmt: skip
+
+
+def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, config in (("train", SummaryTrainingConfig), ("filter", FilterConfig), ("corpus", CorpusConfig)):
+        with pytest.raises(SystemExit):
+            cli.parse([name, "--help"])
+        text = capsys.readouterr().out
+        for field in config.__dataclass_fields__:
+            assert f"--{field.replace('_', '-')}" in text
+
+
+def test_config_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"learning_rate": 1e-4, "batch_size": 4}))
+    _, config = cli.parse(["train", "--config", str(path), "--batch-size", "8"])
+    assert (config.learning_rate, config.batch_size, config.max_epochs) == (1e-4, 8, 2)
+
+
+def test_resuming_takes_the_runs_own_settings(tiny_config: SummaryTrainingConfig) -> None:
+    last = train(replace(tiny_config, max_epochs=1)).last
+    _, config = cli.parse(["train", "--data-dir", tiny_config.summary_data_path, "--resume-from", str(last)])
+    assert config.identity() == replace(tiny_config, max_epochs=1).identity()
+    assert config.checkpoint_dir == tiny_config.checkpoint_dir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["trian"], 2, "no command 'trian'"),
+        (["train", "--epochs", "two"], 2, "two"),
+        (["train", "--no-such-flag"], 2, "no-such-flag"),
+        (["train", "--batch-size", "0"], 2, "batch_size is 0; expected a number from 1"),
+        (["train", "--data-dir", "no/such/folder"], 1, "no train_synthesis.jsonl: looked at"),
+        (["train", "--config", "no.json"], 1, "no.json"),
+        (["filter", "--input-dir", "nowhere"], 1, "nowhere/train_synthesis.jsonl does not exist"),
+        (["generate", "--checkpoint", "a.safetensors", "--input", "b", "--output", "c"], 1, "a.safetensors"),
+        (["evaluate", "--predictions", "p.jsonl", "--references", "r.jsonl"], 1, "no r.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == code
+    output = capsys.readouterr()
+    assert message in output.out + output.err
+    assert "Traceback" not in output.err
+
+
+def test_train_generate_and_evaluate_through_the_command(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    """The guide's Manual Evaluation, on a real process for each command."""
+    settings, output, scores = tmp_path / "s.json", tmp_path / "out" / "predictions.jsonl", tmp_path / "scores.json"
+    settings.write_text(replace(tiny_config, max_epochs=1).to_json())
+    _elm("train", "--config", settings, "--epochs", "1")
+    best = Path(tiny_config.checkpoint_dir) / "best_summary_model.safetensors"
+    test_file = Path(tiny_config.summary_data_path) / "test_synthesis.jsonl"  # in synthesis/, as the guide leaves out
+    _elm("generate", "--checkpoint", best, "--input", test_file, "--output", output)
+    assert len(output.read_text().splitlines()) == 24
+    table = _elm("evaluate", "--predictions", output, "--references", test_file, "--output", scores)
+    assert "shuffled" in table and "BERTScore settings" in table
+    assert {"bertscore_f1", "bertscore_f1_shuffled", "bertscore_composite"} <= json.loads(scores.read_text()).keys()
+    assert best.with_name("curves.png").read_bytes().startswith(b"\x89PNG")
+    assert find_split(Path(tiny_config.summary_data_path), "test").records.is_file()
+
+
+def _elm(*arguments: object) -> str:
+    command = [sys.executable, "-m", "elmlib.cli", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_torch_is_left_to_the_command_that_needs_it() -> None:
+    code = "import sys; from elmlib import cli; cli.parse(['filter']); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
