@@ -61,7 +61,7 @@ class EmbeddingAdapter(nn.Module):
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Set the train split's mean and standard deviation, each (embedding_dim,)."""
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp_min(1e-6))  # a dimension that never varies carries nothing; it must not divide by 0
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a dimension that never varies must not be blown up
 
     @torch.no_grad()
     def warm_start(self, fit: "LinearMap") -> None:

@@ -85,11 +85,15 @@ def filter_(config: FilterConfig) -> None:
 
 def train(config: SummaryTrainingConfig) -> None:
     """Train an adapter; --config FILE or --resume-from CHECKPOINT gives the settings, flags beside it win."""
+    from accelerate import PartialState
+
     from elmlib.plots import draw_curves
     from elmlib.tables import score_table
     from elmlib.trainer import train
 
     result = train(config)
+    if not PartialState().is_main_process:  # one of several processes is enough to tell
+        return
     curves = result.best.with_name("curves.png")
     draw_curves(curves.parent).savefig(curves, dpi=120)
     print(f"{score_table(result.metrics)}\nbest adapter: {result.best}\ncurves: {curves}")

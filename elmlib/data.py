@@ -140,7 +140,9 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
                     "or pass --no-summary-only to train on all tasks"
                 )
     prompts = {template: prompt_ids(tokenizer, template) for template in {r.input_prompt_template for r in records}}
-    encoded = tokenizer([record.target_text.strip() for record in records], add_special_tokens=False).input_ids
+    # A target that spells out a special token is text like any other, not an end of turn.
+    targets = [record.target_text.strip() for record in records]
+    encoded = tokenizer(targets, add_special_tokens=False, split_special_tokens=True).input_ids
     kept: list[tuple[Record, list[int]]] = []
     for record, ids in zip(records, encoded, strict=True):
         prompt = prompts[record.input_prompt_template]

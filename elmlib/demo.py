@@ -81,6 +81,7 @@ def demo_stages(folder: Path, limit: int, epochs: int, extra: dict[str, Value] |
         "data_dir": f"{data}/summary_filtered",
         "checkpoint_dir": str(folder),
         "epochs": epochs,
+        "eval_interval": 150,
         "resume_from": "",
     }
     return [

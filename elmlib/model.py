@@ -1,6 +1,7 @@
 """`Elm`: a frozen LLM that reads an adapter's soft tokens. One function puts them in place, for loss and generation."""
 
 import copy
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,13 @@ class Elm:
         assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
         self.llm, self.tokenizer, self.adapter = llm, tokenizer, adapter
         self.table: Tensor = llm.get_input_embeddings().weight
+        # generate() fills what it is not told from the model's own habits, and chat models sample and penalise.
+        llm.generation_config = GenerationConfig()
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
         self._share_prefix = not use_gradient_checkpointing
         if use_gradient_checkpointing:
-            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def with_adapter(self, adapter: EmbeddingAdapter) -> "Elm":
         """The same LLM and cached prompts with another adapter."""
@@ -89,7 +92,7 @@ class Elm:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=ends,
-            pad_token_id=ends[0],
+            pad_token_id=self.tokenizer.eos_token_id,
         )
         ids = self.llm.generate(
             inputs_embeds=embeds,
@@ -97,7 +100,8 @@ class Elm:
             past_key_values=cache,
             generation_config=config,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def _place(self, prompt: PromptIds, soft: Tensor, answer: Tensor | None) -> tuple[Tensor, DynamicCache | None]:
         """Put soft tokens into the prompt: [prefix] [soft tokens] [suffix] [answer].
@@ -127,7 +131,7 @@ class Elm:
         return self._prefixes[key]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.llm.get_input_embeddings()(ids)
+        return self.llm.get_input_embeddings()(ids).detach()  # recomputation of activations would ask for a gradient
 
 
 def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapter:

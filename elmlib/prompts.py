@@ -48,8 +48,9 @@ def prompt_ids(tokenizer: Any, template: str) -> PromptIds:
     before, after = asked.split(_MARK)
     answered = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _MARK}], tokenize=False)
     closing = tokenizer(answered.rsplit(_MARK, 1)[1], add_special_tokens=False).input_ids
-    # A template that closes its turn with nothing leaves the end to the tokenizer's own EOS.
-    end_of_turn = closing[0] if closing else tokenizer.eos_token_id
+    # A template that closes its turn with no special token leaves the end to the tokenizer's own EOS.
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    end_of_turn = next((token for token in closing if token in special), tokenizer.eos_token_id)
     # The chat template writes BOS itself where the model wants one, so the tokenizer must not add a second.
     return PromptIds(
         tokenizer(before, add_special_tokens=False).input_ids,

@@ -115,7 +115,7 @@ class _Run:
                 self._evaluate(epoch_ends=False)  # where the warm start alone stands
             while self.state.epoch < self.config.max_epochs and not self._is_stale():
                 self._epoch()
-        metrics = {
+        metrics = dict(self.state.best_values) | {
             "train_seconds": self.state.train_seconds,
             "eval_seconds": self.state.eval_seconds,
             "num_parameters_trained": sum(p.numel() for p in self.adapter.parameters()),
@@ -124,7 +124,6 @@ class _Run:
             "too_long": self.bench.train.too_long + self.bench.val.too_long,
         }
         if self.accelerator.is_main_process:
-            metrics = dict(self.state.best_values) | metrics
             write_json(self.folder / "result.json", metrics | {"bertscore_hash": self.bench.evaluator.hash})
         last = self.folder / f"adapter_step_{self.state.step}.safetensors"
         return TrainResult(self.folder / BEST, last, metrics)

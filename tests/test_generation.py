@@ -91,7 +91,9 @@ def test_a_loaded_adapter_speaks_as_the_trained_one(
     evaluated = [json.loads(line) for line in (adapter.parent / "predictions.jsonl").read_text().splitlines()]
     output = tmp_path / "val.jsonl"
     generate_file(adapter, find_split(small_data, "val").records, output)
-    made = {json.loads(line)["embedding_index"]: json.loads(line)["prediction"] for line in output.open()}
+    made = {
+        json.loads(line)["embedding_index"]: json.loads(line)["prediction"] for line in output.read_text().splitlines()
+    }
     assert [made[line["embedding_index"]] for line in evaluated] == [line["prediction"] for line in evaluated]
 
 

@@ -210,11 +210,12 @@ def test_a_rows_text_does_not_depend_on_its_companions(elm, split):
 def test_generate_stops_at_the_prompts_own_end_of_turn(elm, split):
     """Gemma, for one, ends its turns with another token than EOS."""
     said = naive_greedy(elm, split.vectors(ROWS[:1])[0], 10)
-    elm.tokenizer.add_special_tokens({"extra_special_tokens": [elm.tokenizer.convert_ids_to_tokens(said[-1])]})
+    end = said[1]
+    assert len(said) > 2  # it would go on
+    elm.tokenizer.add_special_tokens({"extra_special_tokens": [elm.tokenizer.convert_ids_to_tokens(end)]})
     prompts = split.collate_prompts(ROWS[:1])
-    prompts = prompts._replace(prompt=prompts.prompt._replace(end_of_turn=said[-1]))
-    expected = said[: said.index(said[-1])]
-    assert elm.generate(prompts, 10) == [elm.tokenizer.decode(expected).strip()]
+    prompts = prompts._replace(prompt=prompts.prompt._replace(end_of_turn=end))
+    assert elm.generate(prompts, 10) == [elm.tokenizer.decode(said[: said.index(end)]).strip()]
 
 
 @pytest.mark.parametrize(
