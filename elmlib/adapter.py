@@ -89,7 +89,7 @@ class NormalEquations:
         self.gram, self.cross, self.squares = torch.zeros(()), torch.zeros(()), torch.zeros(())
         self.rows = 0
         for x, y in chunks:
-            x, y = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double(), y.double()  # the last input is the bias
+            x, y = _double(torch.cat([x, torch.ones_like(x[:, :1])], dim=1)), _double(y)  # the last input is the bias
             self.gram = self.gram + x.T @ x
             self.cross = self.cross + x.T @ y
             self.squares = self.squares + y.square().sum()
@@ -130,11 +130,16 @@ def mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation over the rows of all chunks, each (dim,), summed in float64."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for x in chunks:
-        count, total, squares = count + len(x), total + x.double().sum(0), squares + x.double().square().sum(0)
+        x = _double(x)
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     if count == 0:
         raise ValueError("mean_and_std got no rows")
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
 
 
 def token_idf(answers: Sequence[Sequence[int]], vocab_size: int) -> Tensor:

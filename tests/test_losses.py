@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from elmlib import losses
 from elmlib.adapter import LinearMap
-from elmlib.losses import DriftReadout, expected_token_embedding, info_nce, text_drift, token_nll
+from elmlib.losses import DriftReadout, Predictions, expected_token_embedding, info_nce, predict, text_drift
 from elmlib.prompts import IGNORE_INDEX
 
 ROWS, LENGTH, VOCAB, DIM = 4, 5, 7, 6
@@ -72,30 +73,49 @@ def gradient(function, given):
     return given.grad
 
 
-def test_token_nll_equals_its_naive_twin():
-    log_probs, expected = predictions(), 0.0
-    for row in range(ROWS):
-        for t in range(LENGTH):
-            if LABELS[row, t] != IGNORE_INDEX:
-                expected -= log_probs[row, t, LABELS[row, t]].item()
-    assert token_nll(log_probs, LABELS).item() == pytest.approx(expected, rel=1e-5)
+def most_probable(log_probs, labels, top_k):
+    """What `predict` would say, from the log-probabilities of the whole vocabulary."""
+    top, ids = log_probs.topk(min(top_k, VOCAB))
+    padding = (labels == IGNORE_INDEX)[..., None]
+    return Predictions(log_probs.new_zeros(()), top.masked_fill(padding, float("-inf")), ids)
 
 
-def test_token_nll_is_a_sum_so_batches_may_be_split_anywhere():
-    log_probs = predictions()
-    whole = token_nll(log_probs, LABELS)
+def expectation(log_probs, labels, top_k):
+    """The expected token embedding, from the log-probabilities of the whole vocabulary."""
+    _, top, ids = most_probable(log_probs, labels, top_k)
+    return expected_token_embedding(top, ids, TABLE, WEIGHTS)
+
+
+def naive_predict(hidden, weight, labels, top_k):
+    log_probs = (hidden @ weight.T).log_softmax(-1)
+    nll = sum(-log_probs[i, t, labels[i, t]] for i, t in (labels != IGNORE_INDEX).nonzero())
+    _, top, ids = most_probable(log_probs, labels, top_k)
+    return nll, top, ids
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 128])
+@pytest.mark.parametrize("top_k", [1, 4, VOCAB + 10])
+def test_predict_and_its_gradient_equal_their_naive_twin(top_k, chunk, monkeypatch):
+    monkeypatch.setattr(losses._Predict, "CHUNK", chunk)
+    weight, answers = normal(VOCAB, DIM, seed=3), LABELS != IGNORE_INDEX
+    slopes = []
+    for function in (predict, naive_predict):
+        hidden = normal(ROWS, LENGTH, DIM, seed=4).requires_grad_()
+        nll, top, ids = function(hidden, weight, LABELS, top_k)
+        (2 * nll + (top[answers] * torch.arange(top[answers].numel()).view_as(top[answers])).sum()).backward()
+        slopes.append((nll.detach(), top.detach()[answers], ids[answers], hidden.grad))
+        assert top[~answers].isneginf().all()
+        assert not hidden.grad[~answers].any()
+    for found, expected in zip(*slopes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_predict_sums_so_batches_may_be_split_anywhere():
+    hidden, weight = normal(ROWS, LENGTH, DIM, seed=4), normal(VOCAB, DIM, seed=3)
+    whole = predict(hidden, weight, LABELS, 2).nll
     for cut in range(1, ROWS):
-        parts = token_nll(log_probs[:cut], LABELS[:cut]) + token_nll(log_probs[cut:], LABELS[cut:])
-        torch.testing.assert_close(parts, whole)
-
-
-def test_token_nll_looks_at_no_padding():
-    log_probs = predictions()
-    slope = gradient(lambda given: token_nll(given, LABELS), log_probs)
-    assert not slope[LABELS == IGNORE_INDEX].any()
-    assert (slope[LABELS != IGNORE_INDEX].sum(-1) == -1).all()
-    no_answer = torch.full_like(LABELS, IGNORE_INDEX)
-    assert token_nll(log_probs, no_answer) == 0
+        parts = [predict(hidden[rows], weight, LABELS[rows], 2).nll for rows in (slice(cut), slice(cut, None))]
+        torch.testing.assert_close(sum(parts), whole)
 
 
 def test_info_nce_equals_its_naive_twin():
@@ -151,10 +171,10 @@ def test_info_nce_has_the_gradient_of_finite_differences():
 @pytest.mark.parametrize("top_k", [1, 3, VOCAB, VOCAB + 10])
 def test_the_expected_embedding_equals_its_naive_twin(top_k):
     log_probs = predictions()
-    means = expected_token_embedding(log_probs, LABELS, TABLE, WEIGHTS, top_k)
+    means = expectation(log_probs, LABELS, top_k)
     torch.testing.assert_close(means, naive_expectation(log_probs, LABELS, top_k))
     slopes = [
-        gradient(lambda given: expected_token_embedding(given, LABELS, TABLE, WEIGHTS, top_k), log_probs),
+        gradient(lambda given: expectation(given, LABELS, top_k), log_probs),
         gradient(lambda given: naive_expectation(given, LABELS, top_k), log_probs),
     ]
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
@@ -165,31 +185,31 @@ def test_the_whole_vocabulary_gives_the_full_expectation():
     present = (LABELS != IGNORE_INDEX)[..., None]
     mass = (log_probs.exp() * WEIGHTS * present).sum(1)  # (rows, vocab)
     expected = mass @ TABLE / mass.sum(1, keepdim=True)
-    torch.testing.assert_close(expected_token_embedding(log_probs, LABELS, TABLE, WEIGHTS, VOCAB), expected)
+    torch.testing.assert_close(expectation(log_probs, LABELS, VOCAB), expected)
 
 
 def test_the_expected_embedding_ignores_padding_and_what_the_labels_say():
     log_probs = predictions()
     other = torch.where((LABELS == IGNORE_INDEX)[..., None], predictions(seed=5), log_probs)
     relabelled = torch.where(LABELS == IGNORE_INDEX, LABELS, (LABELS + 1) % VOCAB)
-    expected = expected_token_embedding(log_probs, LABELS, TABLE, WEIGHTS, 3)
-    assert torch.equal(expected_token_embedding(other, relabelled, TABLE, WEIGHTS, 3), expected)
+    expected = expectation(log_probs, LABELS, 3)
+    assert torch.equal(expectation(other, relabelled, 3), expected)
 
 
 def test_the_expected_embedding_of_a_row_does_not_depend_on_the_others():
     log_probs = predictions()
-    whole = expected_token_embedding(log_probs, LABELS, TABLE, WEIGHTS, 3)
+    whole = expectation(log_probs, LABELS, 3)
     for row in range(ROWS):
         length = int((LABELS[row] != IGNORE_INDEX).sum())
         alone = (log_probs[row : row + 1, :length], LABELS[row : row + 1, :length])
-        torch.testing.assert_close(expected_token_embedding(*alone, TABLE, WEIGHTS, 3)[0], whole[row])
+        torch.testing.assert_close(expectation(*alone, 3)[0], whole[row])
 
 
 def test_a_model_sure_of_weightless_tokens_gives_no_nan():
     log_probs = torch.full((1, 2, VOCAB), -1e4)
     log_probs[..., 0] = 0.0  # token 0 weighs nothing
     log_probs.requires_grad_()
-    mean = expected_token_embedding(log_probs, torch.tensor([[0, 0]]), TABLE, WEIGHTS, 3)
+    mean = expectation(log_probs, torch.tensor([[0, 0]]), 3)
     mean.sum().backward()
     assert mean.isfinite().all()
     assert log_probs.grad.isfinite().all()
@@ -246,9 +266,9 @@ def test_the_readout_maps_the_expected_embedding_and_lets_the_gradient_through()
     to_embedding = LinearMap(normal(3, DIM, seed=1), normal(3, seed=2))
     log_probs = predictions()
     readout = DriftReadout(TABLE, WEIGHTS, to_embedding, 4)
-    meanings = readout(log_probs, LABELS)
+    meanings = readout(most_probable(log_probs, LABELS, 4))
     for row, mean in enumerate(naive_expectation(log_probs, LABELS, 4)):
         torch.testing.assert_close(meanings[row], to_embedding.weight @ mean + to_embedding.bias)
-    slope = gradient(lambda given: readout(given, LABELS), log_probs)
+    slope = gradient(lambda given: readout(most_probable(given, LABELS, 4)), log_probs)
     assert slope[LABELS != IGNORE_INDEX].any(-1).all()
     assert not slope[LABELS == IGNORE_INDEX].any()

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from elmlib.data import load_split
-from elmlib.losses import token_nll
+from elmlib.losses import predict
 from elmlib.model import Elm, make_adapter
 from elmlib.pretrained import load_llm
 from elmlib.prompts import IGNORE_INDEX, SLOT, TASK_TEMPLATES, prompt_ids
@@ -90,11 +90,16 @@ def naive_greedy(elm, embedding, max_new_tokens):
     return ids
 
 
+def logits_of(elm, batch):
+    """(batch, answer length, vocab)."""
+    return elm(batch).hidden @ elm.head.T
+
+
 def gradients(elm, batch):
     """Loss, and its gradient by the adapter's parameters, in train mode with the same dropout each time."""
     torch.manual_seed(0)
     elm.adapter.train().zero_grad()
-    loss = token_nll(elm(batch).logits.log_softmax(-1), batch.labels)
+    loss = predict(elm(batch).hidden, elm.head, batch.labels, 1).nll
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in elm.adapter.named_parameters()}
 
@@ -103,7 +108,7 @@ def gradients(elm, batch):
 def test_the_shared_prompt_equals_a_whole_reading(tiny_config, batch, checkpointing):
     elm = make_elm(tiny_config, checkpointing)
     with torch.no_grad():
-        soft, logits = elm(batch)
+        soft, logits = elm(batch).soft_tokens, logits_of(elm, batch)
         assert soft.shape == (len(ROWS), tiny_config.num_soft_tokens, 32)
         assert logits.shape == (*batch.labels.shape, len(elm.table))
         assert torch.equal(soft, elm.adapter(batch.embeddings))
@@ -169,26 +174,26 @@ def test_with_gradient_checkpointing_generation_is_the_same(tiny_config, elm, sp
 def test_padding_does_not_change_a_rows_logits(elm, split, batch):
     wider = batch._replace(labels=torch.nn.functional.pad(batch.labels, (0, 3), value=IGNORE_INDEX))
     with torch.no_grad():
-        logits, padded = elm(batch).logits, elm(wider).logits
+        logits, padded = logits_of(elm, batch), logits_of(elm, wider)
         torch.testing.assert_close(padded[:, : batch.labels.shape[1]], logits, **CLOSE)
         assert len({len(split.answers[row]) for row in ROWS}) > 1
         for i, row in enumerate(ROWS):
-            alone = elm(split.collate([row])).logits[0]
+            alone = logits_of(elm, split.collate([row]))[0]
             torch.testing.assert_close(logits[i, : len(alone)], alone, **CLOSE)
 
 
 def test_permuting_the_batch_permutes_the_logits(elm, split, batch):
     order = [3, 0, 4, 1, 2]
     with torch.no_grad():
-        permuted = elm(split.collate([ROWS[i] for i in order])).logits
-        torch.testing.assert_close(permuted, elm(batch).logits[order], **CLOSE)
+        permuted = logits_of(elm, split.collate([ROWS[i] for i in order]))
+        torch.testing.assert_close(permuted, logits_of(elm, batch)[order], **CLOSE)
 
 
 def test_logits_at_a_position_do_not_see_its_label_or_later_ones(elm, batch):
     labels = batch.labels.clone()
     labels[:, 3:] = torch.where(labels[:, 3:] == IGNORE_INDEX, IGNORE_INDEX, 7)
     with torch.no_grad():
-        before, after = elm(batch).logits, elm(batch._replace(labels=labels)).logits
+        before, after = logits_of(elm, batch), logits_of(elm, batch._replace(labels=labels))
     torch.testing.assert_close(after[:, :4], before[:, :4], **CLOSE)
     assert not torch.allclose(after[:, 4], before[:, 4], atol=0.01)
 
@@ -248,12 +253,12 @@ def test_an_llm_that_is_not_frozen_is_refused(elm):
 def test_the_cached_prompt_is_not_changed_by_use(elm, split, batch):
     prompts = split.collate_prompts(ROWS[:2])
     with torch.no_grad():
-        logits, texts = elm(batch).logits, elm.generate(prompts, 5)
+        logits, texts = logits_of(elm, batch), elm.generate(prompts, 5)
         cached = elm._prefix(batch.prompt).cache
         before = copy.deepcopy(cached)
         for _ in range(2):
             assert elm.generate(prompts, 5) == texts
-            assert torch.equal(elm(batch).logits, logits)
+            assert torch.equal(logits_of(elm, batch), logits)
     assert elm._prefix(batch.prompt).cache is cached
     assert cached.get_seq_length() == len(batch.prompt.prefix)
     for layer, twin in zip(cached.layers, before.layers, strict=True):
@@ -264,19 +269,19 @@ def test_the_cached_prompt_is_not_changed_by_use(elm, split, batch):
 def test_each_prompt_has_its_own_prefix(elm, batch):
     other = prompt_ids(elm.tokenizer, TASK_TEMPLATES["keywords"])
     with torch.no_grad():
-        first = elm(batch).logits
-        second = elm(batch._replace(prompt=other)).logits
+        first = logits_of(elm, batch)
+        second = logits_of(elm, batch._replace(prompt=other))
         assert not torch.allclose(second, first, atol=0.01)
-        assert torch.equal(elm(batch).logits, first)
+        assert torch.equal(logits_of(elm, batch), first)
 
 
 def test_another_adapter_speaks_through_the_same_llm(tiny_config, elm, batch):
     other = elm.with_adapter(trained_adapter(tiny_config, elm.llm, seed=1))
     with torch.no_grad():
-        first, second = elm(batch).logits, other(batch).logits
+        first, second = logits_of(elm, batch), logits_of(other, batch)
         assert other.llm is elm.llm
         assert not torch.allclose(second, first, atol=0.01)
-        assert torch.equal(elm(batch).logits, first)
+        assert torch.equal(logits_of(elm, batch), first)
 
 
 def test_make_adapter_follows_the_config_and_its_seed(tiny_config, elm):

@@ -15,6 +15,7 @@ import torch
 
 from elmlib import checkpoint, trainer
 from elmlib.config import SummaryTrainingConfig
+from elmlib.losses import Predictions
 from elmlib.tracking import Row, read_metrics
 from elmlib.trainer import UnstableTrainingError, learning_rate, train
 
@@ -127,10 +128,16 @@ def test_a_finished_run_resumed_changes_nothing(tiny_config: SummaryTrainingConf
     assert train(replace(config, resume_from="latest")).last.read_bytes() == before
 
 
+def scaled(predictions: Predictions, factor: float) -> Predictions:
+    """The same predictions with another loss."""
+    return predictions._replace(nll=predictions.nll * factor)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "token_nll", lambda log_probs, labels: log_probs.sum() * float("nan"))
+    real = trainer.predict
+    monkeypatch.setattr(trainer, "predict", lambda *given: scaled(real(*given), float("nan")))
     with pytest.raises(UnstableTrainingError, match=r"step 1: the loss is nan.*learning-rate"):
         train(tiny_config)
 
@@ -138,14 +145,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_spike_names_the_last_good_checkpoint(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    real = trainer.token_nll
-
-    def spiking(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return real(log_probs, labels) * (100 if len(calls) == 23 else 1)
-
-    monkeypatch.setattr(trainer, "token_nll", spiking)
+    real, calls = trainer.predict, itertools.count(1)
+    monkeypatch.setattr(trainer, "predict", lambda *given: scaled(real(*given), 100 if next(calls) == 23 else 1))
     with pytest.raises(UnstableTrainingError, match=r"step 23: .*adapter_step_20\.safetensors"):
         train(tiny_config)
 
