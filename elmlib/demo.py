@@ -57,9 +57,14 @@ def _execute(source: Path, output: Path, parameters: dict[str, Value]) -> None:
     import papermill
     from jupyter_client.manager import AsyncKernelManager
 
-    # A kernel on sockets of the file system: nothing to eavesdrop on, and no clash of ports between runs.
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    papermill.execute_notebook(str(source), str(output), parameters, kernel_name="python3", km=kernel)
+    class FileSocketKernels(AsyncKernelManager):
+        """Kernels on sockets of the file system: nothing to eavesdrop on, and no clash of ports between runs."""
+
+        transport = "ipc"
+
+    papermill.execute_notebook(
+        str(source), str(output), parameters, kernel_name="python3", kernel_manager_class=FileSocketKernels
+    )
 
 
 def _library_digest() -> str:

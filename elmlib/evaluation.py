@@ -122,7 +122,7 @@ def score_summaries(
     swap = swap_sources(sources, seed)
     swapped = [predictions[row] for row in swap]
     scores, shuffled_scores = (evaluator.score_pairs(texts, references) for texts in (predictions, swapped))
-    vectors = _embed_predictions(embed, predictions, embeddings.shape[1])
+    vectors = embed_predictions(embed, predictions, embeddings.shape[1])
 
     def metrics(scores: BERTScores, texts: Sequence[str]) -> dict[str, float]:
         means = bertscore_means(scores)
@@ -138,8 +138,11 @@ def score_summaries(
     )
 
 
-def _embed_predictions(embed: Callable[[list[str]], np.ndarray], predictions: Sequence[str], dim: int) -> np.ndarray:
-    """(n, dim); all zero, whose cosine with anything counts 0, for an empty prediction."""
+def embed_predictions(embed: Callable[[list[str]], np.ndarray], predictions: Sequence[str], dim: int) -> np.ndarray:
+    """Each different text embedded once: (n, dim), all zero, whose cosine with anything counts 0, for an empty one.
+
+    Raises ValueError where `embed` gives another size than `dim`.
+    """
     vectors = np.zeros((len(predictions), dim))
     texts = list(dict.fromkeys(text for text in predictions if text.strip()))
     if not texts:

@@ -20,7 +20,7 @@ import orjson
 from tqdm.auto import tqdm
 
 from elmlib import records
-from elmlib.config import FilterConfig
+from elmlib.commands import FilterConfig
 from elmlib.leaks import Notes, find_leaks
 from elmlib.prompts import SLOT
 from elmlib.records import EmbeddingFile, atomic_path

@@ -3,19 +3,21 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 import torch
 from tqdm.auto import tqdm
 
 from elmlib.checkpoint import AdapterFile, load_adapter
+from elmlib.controls import rerank
 from elmlib.data import PromptBatch
-from elmlib.model import Elm, make_adapter
-from elmlib.pretrained import load_llm, native_bf16
+from elmlib.model import Elm, Sampling, make_adapter
+from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
 from elmlib.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.records import (
     EmbeddingFile,
@@ -64,14 +66,16 @@ def generate_file(
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     device: torch.device | None = None,
+    sampling: Sampling | None = None,
     progress: bool = True,
 ) -> int:
     """Write one summary a line for each record of `source`, in its order; return how many this call made.
 
     `source` is a records file, whose embeddings are found beside it or given, or a bare safetensors file of
     embeddings. A stopped run goes on behind its last whole line. Records that share embedding and prompt within a
-    batch are generated once. Raises ValueError where `output` belongs to another checkpoint, input or length, where
-    the embeddings have another size than the adapter's, and for bad records.
+    batch are generated once. With `sampling`, the candidate nearest to the embedding stands beside each greedy
+    prediction, as `best_candidate`. Raises ValueError where `output` belongs to another checkpoint, input or decoding,
+    where the embeddings have another size than the adapter's, and for bad records.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_elm(checkpoint, device)
@@ -85,7 +89,12 @@ def generate_file(
                 f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {config.embedding_dim} "
                 f"(from {config.embedding_model_name})"
             )
-        done = _open_output(output, {"checkpoint": _digest(checkpoint), "input": source.name, "max_new_tokens": length})
+        made_by = {"checkpoint": _digest(checkpoint), "input": source.name, "max_new_tokens": length}
+        if sampling:
+            made_by["candidates"] = list(sampling)
+            embedder = load_embedder(config.embedding_model_name, device)
+            choose = _Choice(sampling, lambda texts: encode(embedder, texts, batch_size))
+        done = _open_output(output, made_by)
         requests = _bare_requests(vectors) if bare else _record_requests(source, vectors)
         total = vectors.num_rows if bare else sum(1 for _ in read_lines(source))
         remaining = islice(requests, done, None)
@@ -94,10 +103,10 @@ def generate_file(
             tqdm(total=total, initial=done, desc="generate", unit="summary", disable=not progress) as bar,
         ):
             while chunk := list(islice(remaining, batch_size)):
-                texts = _answer(loaded.elm, chunk, vectors, length, device)
+                texts = _answer(loaded.elm, chunk, vectors, length, device, choose if sampling else None)
                 for request in chunk:
                     line = {"source_id": request.source_id, "embedding_index": request.embedding_index}
-                    file.write(orjson.dumps(line | {"prediction": texts[request[:2]]}) + b"\n")
+                    file.write(orjson.dumps(line | texts[request[:2]]) + b"\n")
                 file.flush()
                 bar.update(len(chunk))
     return total - done
@@ -135,16 +144,26 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
     return TextPairs(texts, [record.target_text for record in records], [record.source for record in records])
 
 
+class _Choice(NamedTuple):
+    sampling: Sampling
+    embed: Callable[[list[str]], np.ndarray]
+
+
 def _answer(
-    elm: Elm, chunk: list[Request], vectors: EmbeddingFile, length: int, device: torch.device
-) -> dict[tuple[int, str], str]:
-    texts: dict[tuple[int, str], str] = {}
+    elm: Elm, chunk: list[Request], vectors: EmbeddingFile, length: int, device: torch.device, choice: _Choice | None
+) -> dict[tuple[int, str], dict[str, str]]:
+    """The fields that answer each (embedding, template) of `chunk`."""
+    answers: dict[tuple[int, str], dict[str, str]] = {}
     for template in dict.fromkeys(request.template for request in chunk):
         rows = list(dict.fromkeys(request.embedding_index for request in chunk if request.template == template))
         given = torch.cat([torch.from_numpy(vectors.rows(row, row + 1).copy()) for row in rows])
         batch = PromptBatch(given, prompt_ids(elm.tokenizer, template)).to(device)
-        texts |= zip(((row, template) for row in rows), elm.generate(batch, length), strict=True)
-    return texts
+        fields = [{"prediction": text} for text in elm.generate(batch, length)]
+        if choice:
+            best = rerank(choice.embed, elm.candidates(batch, length, choice.sampling), given.numpy())
+            fields = [field | {"best_candidate": text} for field, text in zip(fields, best, strict=True)]
+        answers |= zip(((row, template) for row in rows), fields, strict=True)
+    return answers
 
 
 def _record_requests(records: Path, vectors: EmbeddingFile) -> Iterator[Request]:
@@ -157,7 +176,7 @@ def _bare_requests(vectors: EmbeddingFile) -> Iterator[Request]:
         yield Request(row, TASK_TEMPLATES["summary"], "")
 
 
-def _open_output(output: Path, made_by: dict[str, str | int]) -> int:
+def _open_output(output: Path, made_by: dict[str, Any]) -> int:
     """Cut a torn last line off an output of the same making, and return its whole lines."""
     about = output.with_name(output.name + ".about.json")
     output.parent.mkdir(parents=True, exist_ok=True)

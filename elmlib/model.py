@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elmlib.adapter import EmbeddingAdapter, token_embedding_rms
@@ -21,6 +23,17 @@ class Reading(NamedTuple):
     """(batch, num_soft_tokens, llm_dim) float32."""
     hidden: Tensor
     """(batch, answer length, llm_dim) last hidden states, in the LLM's dtype; position t predicts label t."""
+
+
+class Sampling(NamedTuple):
+    """How candidates are drawn."""
+
+    count: int = 8
+    """Candidates per embedding."""
+    temperature: float = 0.7
+    """0 decodes greedily."""
+    top_p: float = 0.95
+    seed: int = 0
 
 
 class Prefix(NamedTuple):
@@ -80,30 +93,67 @@ class Elm:
         output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
         return Reading(soft, output.last_hidden_state[:, -batch.labels.shape[1] :])
 
-    @torch.no_grad()
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
         """Greedy answers, one a row, stripped of surrounding white space."""
+        return [texts[0] for texts in self.candidates(batch, max_new_tokens, Sampling(count=1, temperature=0.0))]
+
+    @torch.no_grad()
+    def candidates(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> list[list[str]]:
+        """`sampling.count` answers for each row, all decoded in one batch over the shared prompt."""
         self.llm.eval()
-        soft = self.adapter(batch.embeddings)
+        soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
         embeds, cache = self._place(batch.prompt, soft, None)
         if cache is not None:
             # All but the last position is read here, without logits: generate() would copy the output layer's weight
             # for every row. It wants embeddings and mask of full length and skips what the cache holds.
             self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
             embeds = torch.cat([self._prefix(batch.prompt).embeds.expand(len(embeds), -1, -1), embeds], dim=1)
-        ends = sorted({batch.prompt.end_of_turn, self.tokenizer.eos_token_id})
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        with torch.random.fork_rng(devices=[embeds.device] if embeds.is_cuda else []):
+            torch.manual_seed(sampling.seed)
+            ids = self.llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=self._decoding(batch.prompt, max_new_tokens, sampling),
+            )
+        texts = self._texts(batch.prompt, ids)
+        return [texts[start : start + sampling.count] for start in range(0, len(texts), sampling.count)]
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], prompt: PromptIds, max_new_tokens: int, max_text_tokens: int) -> list[str]:
+        """Greedy answers of the bare LLM to the real texts, cut to `max_text_tokens`: what a perfect adapter could do.
+
+        One batch; logits of the first step take (texts x vocab x llm_dim) memory, so keep it small.
+        """
+        self.llm.eval()
+        cut = [ids[:max_text_tokens] for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
+        rows = [torch.tensor([*prompt.prefix, *ids, *prompt.suffix]) for ids in cut]
+        pad = self.tokenizer.eos_token_id
+        # Left padding, so that every row's answer begins at the same place.
+        given = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self.table.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         ids = self.llm.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            past_key_values=cache,
-            generation_config=config,
+            input_ids=given,
+            attention_mask=mask.to(given.device),
+            generation_config=self._decoding(prompt, max_new_tokens, Sampling(count=1, temperature=0.0)),
         )
+        return self._texts(prompt, ids[:, given.shape[1] :])
+
+    def _decoding(self, prompt: PromptIds, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._ends(prompt),
+            pad_token_id=self.tokenizer.eos_token_id,
+            **(drawn if sampling.temperature else {"do_sample": False}),
+        )
+
+    def _ends(self, prompt: PromptIds) -> list[int]:
+        return sorted({prompt.end_of_turn, self.tokenizer.eos_token_id})
+
+    def _texts(self, prompt: PromptIds, ids: Tensor) -> list[str]:
+        ends = self._ends(prompt)
         said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
 

@@ -80,13 +80,14 @@ def plot_curves(curves: Curves, axes: "list[Axes]") -> None:
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
 
 
 def draw_curves(run: Path) -> "Figure":
     """One figure with the three panels of `plot_curves`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    plot_curves(curves_info(run), list(figure.subplots(1, 3)))
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = list(figure.subplots(1, 3))
+    plot_curves(curves_info(run), axes)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -1,6 +1,7 @@
 """What summaries are judged by: the means of BERTScore, the form of the texts, and the one figure a study maximises."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,18 +45,24 @@ def quality_metrics(predictions: Sequence[str], references: Sequence[str]) -> di
 
     length_ratio: mean of words in the prediction / words in its reference. empty_prediction_rate and
     short_prediction_rate (under 5 words, empty ones too): 0 to 1. avg_unique_token_ratio: mean over non-empty
-    predictions of different words / words, 0 where all are empty. avg_..._length: words.
+    predictions of different words / words, 0 where all are empty. repeated_bigram_rate: mean over predictions of two
+    words and more of the share of word pairs that stood before in the same prediction. distinct_prediction_rate:
+    different predictions / predictions; near 0 is mode collapse. avg_..._length: words.
     """
     check_pairs(predictions, references)
     words = [text.split() for text in predictions]
     lengths = np.array([len(text) for text in words])
     reference_lengths = np.array([len(text.split()) for text in references])
     unique = [len(set(text)) / len(text) for text in words if text]
+    bigrams = [list(pairwise(text)) for text in words if len(text) > 1]
+    repeated = [1 - len(set(pairs)) / len(pairs) for pairs in bigrams]
     return {
         "length_ratio": float((lengths / reference_lengths).mean()),
         "empty_prediction_rate": float((lengths == 0).mean()),
         "short_prediction_rate": float((lengths < SHORT_WORDS).mean()),
         "avg_unique_token_ratio": float(np.mean(unique)) if unique else 0.0,
+        "repeated_bigram_rate": float(np.mean(repeated)) if repeated else 0.0,
+        "distinct_prediction_rate": len(set(predictions)) / len(predictions),
         "avg_prediction_length": float(lengths.mean()),
         "avg_reference_length": float(reference_lengths.mean()),
         "num_samples": float(len(predictions)),

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm.auto import tqdm
 
-from elmlib.config import CorpusConfig
+from elmlib.commands import CorpusConfig
 from elmlib.records import parse_line, read_lines
 
 SUMMARY_WORDS = range(4, 31)

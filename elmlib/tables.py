@@ -20,6 +20,8 @@ _QUALITY = (
     ("empty_prediction_rate", "empty rate"),
     ("short_prediction_rate", "short rate (< 5 words)"),
     ("avg_unique_token_ratio", "unique-token ratio"),
+    ("repeated_bigram_rate", "repeated bigrams"),
+    ("distinct_prediction_rate", "distinct summaries"),
 )
 
 

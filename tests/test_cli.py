@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from elmlib import cli
-from elmlib.config import CorpusConfig, FilterConfig, SummaryTrainingConfig
+from elmlib.commands import CorpusConfig, FilterConfig
+from elmlib.config import SummaryTrainingConfig
 from elmlib.records import find_split
 from elmlib.trainer import train
 
@@ -82,6 +83,11 @@ def test_resuming_takes_the_runs_own_settings(tiny_config: SummaryTrainingConfig
         (["train", "--epochs", "two"], 2, "two"),
         (["train", "--no-such-flag"], 2, "no-such-flag"),
         (["train", "--batch-size", "0"], 2, "batch_size is 0; expected a number from 1"),
+        (
+            ["generate", *["--checkpoint", "a", "--input", "b", "--output", "c", "--top-p", "2"]],
+            2,
+            "top_p is 2.0; expected a number",
+        ),
         (["train", "--data-dir", "no/such/folder"], 1, "no train_synthesis.jsonl: looked at"),
         (["train", "--config", "no.json"], 1, "no.json"),
         (["filter", "--input-dir", "nowhere"], 1, "nowhere/train_synthesis.jsonl does not exist"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from elmlib.config import CorpusConfig, SummaryTrainingConfig
+from elmlib.commands import CorpusConfig
+from elmlib.config import SummaryTrainingConfig
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

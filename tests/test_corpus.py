@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from elmlib import sources
-from elmlib.config import CorpusConfig
+from elmlib.commands import CorpusConfig
 from elmlib.corpus import build_corpus, dataset_pairs, drop_duplicates, jsonl_pairs, pair_records, split_pairs
 from elmlib.records import SPLITS, EmbeddingFile, Record, check_fields, read_records
 from elmlib.sources import Pair, SourceFile, docstring_pairs, read_files

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from elmlib import filtering, leaks
-from elmlib.config import FilterConfig
+from elmlib.commands import FilterConfig
 from elmlib.filtering import filter_corpus
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import SPLITS, EmbeddingFile, write_embeddings
@@ -454,7 +454,7 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
         script = """if True:
             import resource, sys
             from pathlib import Path
-            from elmlib.config import FilterConfig
+            from elmlib.commands import FilterConfig
             from elmlib.filtering import filter_corpus
             peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             before = peak()

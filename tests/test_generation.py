@@ -11,6 +11,7 @@ import torch
 from elmlib import generation
 from elmlib.config import SummaryTrainingConfig
 from elmlib.generation import generate_file, load_elm, read_pairs
+from elmlib.model import Sampling
 from elmlib.records import EmbeddingFile, find_split, write_embeddings
 from elmlib.trainer import train
 
@@ -74,6 +75,19 @@ def test_records_that_share_an_embedding_are_generated_once(
     generate_file(adapter, twice, output, find_split(records.parent.parent, "test").embeddings)
     assert sum(sizes) == 24 and len(predictions(output)) == 48
     assert predictions(output)[::2] == predictions(output)[1::2]
+
+
+def test_candidates_stand_beside_the_greedy_prediction_and_are_nearer(
+    adapter: Path, records: Path, tmp_path: Path
+) -> None:
+    greedy, drawn = tmp_path / "greedy.jsonl", tmp_path / "drawn.jsonl"
+    generate_file(adapter, records, greedy, batch_size=8)
+    generate_file(adapter, records, drawn, batch_size=8, sampling=Sampling(count=4, temperature=1.0))
+    assert predictions(greedy) == predictions(drawn)
+    best = [json.loads(line)["best_candidate"] for line in drawn.read_text().splitlines()]
+    assert best != predictions(greedy)
+    with pytest.raises(ValueError, match="remove it or name another"):
+        generate_file(adapter, records, drawn, batch_size=8)
 
 
 def test_embeddings_of_another_size_are_refused(adapter: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ MODULES = sorted((ROOT / "elmlib").glob("*.py"))
 # Data walks one way: a module imports only from modules above it.
 LAYERS = [
     "config",
+    "commands",
     "prompts",
     "records",
     "sources",
@@ -33,11 +34,15 @@ LAYERS = [
     "quality",
     "bertscore",
     "evaluation",
+    "identification",
+    "significance",
     "workbench",
     "validation",
     "tracking",
     "trainer",
+    "controls",
     "generation",
+    "scorecard",
     "plots",
     "tables",
     "demo",

@@ -1,0 +1,155 @@
+"""One table: every system's scores with confidence intervals, and how sure its distance to the adapter is."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elmlib.bertscore import BERTScoreEvaluator
+from elmlib.checkpoint import load_adapter
+from elmlib.controls import TRUE, System, write_all
+from elmlib.data import load_split
+from elmlib.evaluation import cosine_rows, embed_predictions
+from elmlib.identification import Identification, identify_sources
+from elmlib.model import Sampling, make_adapter
+from elmlib.quality import bertscore_means, quality_metrics
+from elmlib.significance import Interval, bootstrap_interval, permutation_p
+from elmlib.workbench import prepare
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class SystemScores:
+    """The scores of one system over n samples."""
+
+    name: str
+    predictions: tuple[str, ...]
+    f1: np.ndarray
+    """(n,) raw BERTScore F1."""
+    composite: float
+    """0.3 P + 0.3 R + 0.4 F1 over all samples."""
+    consistency: np.ndarray
+    """(n,) semantic consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one."""
+    by_reference: Identification
+    """Nearest reference summary."""
+    by_source: Identification
+    """Nearest source embedding."""
+    quality: dict[str, float]
+    p_value: float
+    """Of the paired permutation test that F1 equals the adapter's; 1 for the adapter itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scorecard:
+    """All systems beside each other, on the same samples."""
+
+    systems: tuple[SystemScores, ...]
+
+    def __getitem__(self, name: str) -> SystemScores:
+        """The system of that name; KeyError names those that there are."""
+        for system in self.systems:
+            if system.name == name:
+                return system
+        raise KeyError(f"no system {name!r}; there are {[system.name for system in self.systems]}")
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row a system; intervals are 95% bootstrap intervals of the mean, `..._low` and `..._high`."""
+        import pandas
+
+        return pandas.DataFrame([_row(system) for system in self.systems]).set_index("system")
+
+    def to_text(self) -> str:
+        """The main columns as an aligned table, chance in the last line."""
+        lines = [f"{'':<28}{'F1 [95%]':>22}{'p':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{'consist.':>10}"]
+        for it in self.systems:
+            f1 = bootstrap_interval(it.f1)
+            interval = f"{f1.mean:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
+            p_value = "" if it.name == TRUE else f"{it.p_value:.4f}"
+            ranks = f"{it.by_reference.top_1:>8.2f}{it.by_reference.top_5:>8.2f}{it.by_reference.mrr:>8.2f}"
+            last = f"{it.by_source.top_1:>8.2f}{it.consistency.mean():>10.3f}"
+            lines.append(f"{it.name:<28}{interval:>22}{p_value:>8}{ranks}{last}")
+        chance = self.systems[0].by_reference
+        last = f"{chance.chance:>8.2f}{min(1.0, 5 * chance.chance):>8.2f}{chance.chance_mrr:>8.2f}{chance.chance:>8.2f}"
+        lines.append(f"{f'chance, 1 of {chance.num_sources}':<28}{'':>22}{'':>8}{last}")
+        return "\n".join(lines)
+
+
+def _row(system: SystemScores) -> dict[str, str | float]:
+    row: dict[str, str | float] = {"system": system.name, "bertscore_composite": system.composite}
+    for name, values in (("bertscore_f1", system.f1), ("semantic_consistency", system.consistency)):
+        row |= _columns(name, bootstrap_interval(values))
+    row["p_value"] = system.p_value
+    for name, found in (("reference", system.by_reference), ("source", system.by_source)):
+        for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
+            row[f"{name}_{figure}"] = getattr(found, figure)
+    return row | system.quality
+
+
+def _columns(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def score_systems(
+    systems: Iterable[System],
+    evaluator: BERTScoreEvaluator,
+    embed: Callable[[list[str]], np.ndarray],
+    references: Sequence[str],
+    embeddings: np.ndarray,
+    sources: Sequence[str],
+) -> Scorecard:
+    """Score each system's n predictions against `references` (n,) and their source `embeddings` (n, dim).
+
+    The first system is the adapter, to which the others are compared. Raises ValueError as `check_pairs` and
+    `identify_sources` do.
+    """
+    reference_vectors = embed_predictions(embed, references, embeddings.shape[1])
+    scored: list[SystemScores] = []
+    for system in systems:
+        scores = evaluator.score_pairs(system.predictions, references)
+        vectors = embed_predictions(embed, system.predictions, embeddings.shape[1])
+        scored.append(
+            SystemScores(
+                name=system.name,
+                predictions=tuple(system.predictions),
+                f1=scores.f1,
+                composite=bertscore_means(scores)["bertscore_composite"],
+                consistency=cosine_rows(vectors, embeddings),
+                by_reference=identify_sources(vectors, reference_vectors, sources),
+                by_source=identify_sources(vectors, embeddings, sources),
+                quality=quality_metrics(system.predictions, references),
+                p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
+            )
+        )
+    return Scorecard(tuple(scored))
+
+
+def score_checkpoint(
+    checkpoint: Path, data_dir: str, split_name: str, samples: int, sampling: Sampling | None, device: "torch.device"
+) -> Scorecard:
+    """Score an adapter file and its controls on a seeded sample of a split; 0 `samples` take the whole split.
+
+    Raises FileNotFoundError and ValueError as loading data and adapter does.
+    """
+    file = load_adapter(checkpoint)
+    config = replace(file.config, summary_data_path=data_dir)
+    bench = prepare(config, device)
+    fresh = bench.elm
+    trained = make_adapter(config, fresh.table)
+    trained.load_state_dict(file.weights)
+    bench = bench.with_adapter(trained.to(device).eval())
+    fresh.adapter.eval()
+    split = {"train": bench.train, "val": bench.val}.get(split_name) or load_split(config, split_name, fresh.tokenizer)
+    rows = split.subset(samples or len(split), config.seed)
+    return score_systems(
+        write_all(bench, fresh, split, rows, config, device, sampling),
+        bench.evaluator,
+        bench.embed,
+        [split.records[row].target_text for row in rows],
+        split.vectors(rows).numpy(),
+        [str(split.sources[row]) for row in rows],
+    )
