@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from elmlib import records
 from elmlib.commands import CorpusConfig
+from elmlib.layout import SPLITS, SplitPaths
 from elmlib.prompts import TASK_TEMPLATES
-from elmlib.records import SPLITS, Record, SplitPaths
+from elmlib.records import Record
 from elmlib.sources import Found, Pair, dataset_pairs, dependencies, docstring_pairs, jsonl_pairs
 
 Embed = Callable[[list[str]], np.ndarray]

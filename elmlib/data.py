@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elmlib.config import SummaryTrainingConfig
+from elmlib.layout import SplitPaths, find_split
 from elmlib.prompts import IGNORE_INDEX, PromptIds, prompt_ids
-from elmlib.records import TENSOR, EmbeddingFile, Record, SplitPaths, find_split, read_records
+from elmlib.records import TENSOR, EmbeddingFile, Record, read_records
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm
 
-from elmlib import records
+from elmlib import layout, records
 from elmlib.commands import FilterConfig
 from elmlib.leaks import Notes, find_leaks
 from elmlib.prompts import SLOT
@@ -98,7 +98,7 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
 
 def _open_splits(config: FilterConfig, stack: ExitStack) -> Iterator[_Split]:
     dims = {}
-    for name in records.SPLITS:
+    for name in layout.SPLITS:
         lines = config.input_dir / f"{name}_synthesis.jsonl"
         if not lines.is_file():
             raise FileNotFoundError(f"{lines} does not exist")

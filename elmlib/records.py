@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import orjson
 
 from elmlib.prompts import check_template
 
-SPLITS = ("train", "val", "test")
 TENSOR = "embeddings"
 _ITEM_BYTES = {"F32": 4, "BF16": 2}
 
@@ -121,49 +120,6 @@ def read_records(path: Path, num_rows: int) -> Iterator[Record]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         yield Record(**{name: values[name] for name in names if name in values})
-
-
-class SplitPaths(NamedTuple):
-    """The two files of one split."""
-
-    records: Path
-    embeddings: Path
-
-
-def find_split(data_dir: Path, split: str) -> SplitPaths:
-    """The files of `split` under `synthesis/` and `embeddings/` of `data_dir`, or directly in it.
-
-    Raises FileNotFoundError that names every place looked at.
-    """
-    records = find_records(Path(data_dir) / f"{split}_synthesis.jsonl")
-    return SplitPaths(records, find_embeddings(records))
-
-
-def find_records(path: Path) -> Path:
-    """`path`, or the file of that name in `synthesis/` beside it: the guide names both.
-
-    Raises FileNotFoundError that names both places.
-    """
-    return _first_existing([path, path.parent / "synthesis" / path.name], "`elm filter` writes it")
-
-
-def find_embeddings(records: Path) -> Path:
-    """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it.
-
-    Raises FileNotFoundError that names every place looked at.
-    """
-    name = records.name.replace("_synthesis.jsonl", "_embeddings.safetensors")
-    if name == records.name:
-        raise FileNotFoundError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
-    folders = [records.parent, records.parent / "embeddings", records.parent.parent / "embeddings"]
-    return _first_existing([folder / name for folder in folders], "`elm filter` writes it, or use --embeddings")
-
-
-def _first_existing(places: list[Path], hint: str) -> Path:
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(f"no {places[0].name}: looked at {', '.join(map(str, places))}; {hint}")
 
 
 class EmbeddingFile:

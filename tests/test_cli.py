@@ -12,7 +12,7 @@ import pytest
 from elmlib import cli
 from elmlib.commands import CorpusConfig, FilterConfig
 from elmlib.config import SummaryTrainingConfig
-from elmlib.records import find_split
+from elmlib.layout import find_split
 from elmlib.trainer import train
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ import pytest
 from elmlib import sources
 from elmlib.commands import CorpusConfig
 from elmlib.corpus import build_corpus, dataset_pairs, drop_duplicates, jsonl_pairs, pair_records, split_pairs
-from elmlib.records import SPLITS, EmbeddingFile, Record, check_fields, read_records
+from elmlib.layout import SPLITS
+from elmlib.records import EmbeddingFile, Record, check_fields, read_records
 from elmlib.sources import Pair, SourceFile, docstring_pairs, read_files
 
 DIM = 8

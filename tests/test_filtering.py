@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from elmlib import filtering, leaks
 from elmlib.commands import FilterConfig
 from elmlib.filtering import filter_corpus
+from elmlib.layout import SPLITS
 from elmlib.prompts import TASK_TEMPLATES
-from elmlib.records import SPLITS, EmbeddingFile, write_embeddings
+from elmlib.records import EmbeddingFile, write_embeddings
 from elmlib.reports import FilterReport
 
 NUM_ROWS, DIM = 12, 4

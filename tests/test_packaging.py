@@ -19,6 +19,7 @@ LAYERS = [
     "config",
     "commands",
     "prompts",
+    "layout",
     "records",
     "sources",
     "corpus",

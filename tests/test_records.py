@@ -11,13 +11,13 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from elmlib.layout import find_split
 from elmlib.records import (
     EmbeddingFile,
     Record,
     atomic_path,
     check_fields,
     check_rows,
-    find_split,
     parse_line,
     read_lines,
     read_records,
