@@ -176,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.run(config)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(_fail(error, 1))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("elmlib"):
+            raise
+        sys.exit(_fail(ModuleNotFoundError(f"{error}; get it with: pip install -e '.[summary,notebooks]'"), 1))
     except RuntimeError as error:
         if type(error).__name__ != "UnstableTrainingError":  # by name: importing it would load torch for every command
             raise

@@ -134,3 +134,13 @@ def _elm(*arguments: object) -> str:
 def test_importing_torch_is_left_to_the_command_that_needs_it() -> None:
     code = "import sys; from elmlib import cli; cli.parse(['filter']); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "papermill", None)  # what importing a missing package looks like
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "--output-dir", str(tmp_path / "demo")])
+    assert stopped.value.code == 1
+    assert "papermill" in capsys.readouterr().err
