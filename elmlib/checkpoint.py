@@ -48,6 +48,8 @@ class RunState:
     best_step: int = -1
     best_values: tuple[tuple[str, float], ...] = ()
     """All figures of that evaluation."""
+    history: tuple[tuple[float, float], ...] = ()
+    """(val_nll, composite) of the last evaluations, oldest first."""
     improved: bool = False
     """Whether this epoch has brought a new best."""
     stale_epochs: int = 0
@@ -118,7 +120,8 @@ def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optim
     torch.set_rng_state(tensors["random"])
     if "random_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random_cuda"])
-    header["best_values"] = tuple((name, value) for name, value in header["best_values"])
+    for pairs in ("best_values", "history"):
+        header[pairs] = tuple((first, second) for first, second in header[pairs])
     return RunState(**header)
 
 

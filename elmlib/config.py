@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from tyro.conf import arg as flag
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+DriftHead = Literal["readout", "re_embed"]
 
 OFFLINE_LLM = "smollm2-135m-instruct"
 OFFLINE_EMBEDDER = "all-minilm-l6-v2"
@@ -55,6 +56,13 @@ class SummaryTrainingConfig:
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2
     """Passes over the training rows; the guide fixes 2 for the search."""
+    max_train_seconds: float = 0.0
+    """Seconds of training, evaluations not counted, after which the run ends; its schedule then follows the clock, so
+    that runs of one length can be compared but none is repeated byte by byte. 0 is no limit."""
+    pretrain_epochs: int = 0
+    """Passes before the summary stage in which the target is the text's own beginning; needs source_text."""
+    pretrain_tokens: int = 32
+    """Tokens of that beginning, at least 1."""
     learning_rate: float = 2e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
     batch_size: int = 16
@@ -70,7 +78,7 @@ class SummaryTrainingConfig:
     spike_factor: float = 3.0
     """Stop when the loss exceeds this many times its running mean, above 1."""
     seed: int = 0
-    """Seed of the adapter, the row order, dropout and the evaluation subset."""
+    """Seed of the adapter, the row order and dropout."""
 
     # Losses
     use_contrastive_loss: Annotated[bool, flag(name="use-contrastive", aliases=("--use-contrastive-loss",))] = True
@@ -87,8 +95,19 @@ class SummaryTrainingConfig:
         float, flag(name="drift-target-similarity", aliases=("--text-drift-target-similarity",))
     ] = 0.75
     """Cosine above which the text drift loss is zero, -1 to 1; the guide searches 0.7 to 0.9."""
+    text_drift_head: Annotated[DriftHead, flag(name="drift-head", aliases=("--text-drift-head",))] = "readout"
+    """What turns predicted tokens into an embedding: `readout`, a fitted linear map, for any pair of models, or
+    `re_embed`, the embedder itself, where LLM and embedder share a tokenizer."""
     drift_top_k: int = 32
     """Most probable tokens per answer position that make up the expected text, at least 1."""
+    use_teacher_kl: bool = False
+    """Add the KL divergence from the same LLM reading source_text."""
+    teacher_kl_weight: float = 0.3
+    """Weight of the teacher KL, at least 0."""
+    teacher_top_k: int = 32
+    """Most probable tokens per answer position that are kept of the teacher, at least 1."""
+    teacher_text_tokens: int = 128
+    """Tokens of source_text that the teacher reads, at least 1; its time grows with them."""
 
     # Evaluation
     bertscore_model: str = OFFLINE_EMBEDDER
@@ -99,6 +118,10 @@ class SummaryTrainingConfig:
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
+    eval_first: bool = True
+    """Evaluate before the first step, where the warm start alone stands."""
+    eval_seed: int = 0
+    """Seed of the evaluation subsets and of the shuffled control; runs of other seeds stay comparable."""
     eval_nll_samples: int = 256
     """Validation rows whose NLL is measured at each evaluation, a fixed seeded subset; at least 2."""
     max_new_tokens: int = 48
@@ -147,10 +170,14 @@ class SummaryTrainingConfig:
             require(self, name, 1)
         for name in ("early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor"):
             require(self, name, 1)
+        for name in ("teacher_top_k", "teacher_text_tokens", "pretrain_tokens"):
+            require(self, name, 1)
         for name in ("residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature"):
             require(self, name, 1e-12)
-        for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "num_workers"):
+        for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "teacher_kl_weight", "num_workers"):
             require(self, name, 0)
+        require(self, "max_train_seconds", 0)
+        require(self, "pretrain_epochs", 0)
         require(self, "max_seq_length", 8)
         require(self, "dropout_rate", 0, 0.999)
         require(self, "warmup_fraction", 0, 1)
@@ -158,8 +185,9 @@ class SummaryTrainingConfig:
         require(self, "text_drift_target_similarity", -1, 1)
         require(self, "eval_samples", 2)
         require(self, "eval_nll_samples", 2)
-        if self.log_level not in get_args(LogLevel):
-            raise ValueError(f"log_level is {self.log_level!r}; expected one of {', '.join(get_args(LogLevel))}")
+        for name, choices in (("log_level", get_args(LogLevel)), ("text_drift_head", get_args(DriftHead))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.persistent_workers and not self.num_workers:
             raise ValueError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
 

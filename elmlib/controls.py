@@ -49,7 +49,7 @@ def write_all(
     length, vectors = config.max_new_tokens, split.vectors(rows).numpy()
     true = _write(split, rows, _DECODED, lambda batch: bench.elm.generate(batch.to(device), length))
     yield System(TRUE, true)
-    swap = swap_sources([str(split.sources[row]) for row in rows], config.seed)
+    swap = swap_sources([str(split.sources[row]) for row in rows], config.eval_seed)
     yield System(SHUFFLED, [true[row] for row in swap])
 
     def from_mean(batch: PromptBatch) -> list[str]:

@@ -4,6 +4,7 @@
 target cannot reach it.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import SplitPaths, find_split
-from elmlib.prompts import IGNORE_INDEX, PromptIds, prompt_ids
+from elmlib.prompts import IGNORE_INDEX, OPENING_TEMPLATE, PromptIds, prompt_ids
 from elmlib.records import TENSOR, EmbeddingFile, Record, read_records
 
 
@@ -32,6 +33,8 @@ class Batch(NamedTuple):
     sources: Tensor
     """(batch,) number of each row's source; equal numbers are the same text."""
     prompt: PromptIds
+    rows: list[int]
+    """Of the split, (batch,)."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,13 +92,23 @@ class Split(Dataset[int]):
         labels = torch.full((len(rows), max(len(self.answers[row]) for row in rows)), IGNORE_INDEX)
         for i, row in enumerate(rows):
             labels[i, : len(self.answers[row])] = torch.tensor(self.answers[row])
-        return Batch(self.vectors(rows), labels, torch.tensor([self.sources[row] for row in rows]), prompt)
+        return Batch(self.vectors(rows), labels, torch.tensor([self.sources[row] for row in rows]), prompt, list(rows))
 
     def collate_prompts(self, rows: Sequence[int]) -> PromptBatch:
         """Rows of one prompt as a PromptBatch."""
         prompt = self.prompts[rows[0]]
         assert all(self.prompts[row] is prompt for row in rows), "rows of different prompts in one batch"
         return PromptBatch(self.vectors(rows), prompt)
+
+    def source_texts(self, wanted_by: str) -> list[str]:
+        """The text of each row; ValueError, naming the first record that has none, and what wanted it."""
+        for record in self.records:
+            if not record.source_text:
+                raise ValueError(
+                    f"the record of source {record.source!r}, embedding_index {record.embedding_index}, has no "
+                    f"source_text, which {wanted_by} needs; add the field to the records, or do without {wanted_by}"
+                )
+        return [record.source_text for record in self.records]
 
     def subset(self, count: int, seed: int) -> list[int]:
         """A seeded choice of `count` rows, no two of one source while there are enough sources."""
@@ -162,6 +175,24 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
         embeddings=embeddings,
         too_long=len(records) - len(kept),
         fingerprint=_fingerprint(paths),
+    )
+
+
+def opening_split(split: Split, tokenizer: Any, num_tokens: int) -> Split:
+    """One row a source of `split`, its target the first `num_tokens` tokens of the text itself.
+
+    Raises ValueError for a record without source_text.
+    """
+    texts = split.source_texts("--pretrain-epochs")
+    rows = list({source: row for row, source in reversed(list(enumerate(split.sources)))}.values())[::-1]
+    prompt = prompt_ids(tokenizer, OPENING_TEMPLATE)
+    encoded = tokenizer([texts[row] for row in rows], add_special_tokens=False, split_special_tokens=True).input_ids
+    return dataclasses.replace(
+        split,
+        records=[split.records[row] for row in rows],
+        answers=[[*ids[:num_tokens], prompt.end_of_turn] for ids in encoded],
+        sources=[split.sources[row] for row in rows],
+        prompts=[prompt] * len(rows),
     )
 
 

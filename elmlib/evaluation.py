@@ -76,6 +76,8 @@ class SummaryScores:
     drift: np.ndarray
     """(n,): cosine of the re-embedded summary and its source embedding, -1 to 1; 0 for an empty summary."""
     shuffled_drift: np.ndarray
+    vectors: np.ndarray
+    """(n, dim) the re-embedded summaries; all zero for an empty one."""
 
     @property
     def drift_similarity(self) -> float:
@@ -135,6 +137,7 @@ def score_summaries(
         shuffled_scores=shuffled_scores,
         drift=cosine_rows(vectors, embeddings),
         shuffled_drift=cosine_rows(vectors[swap], embeddings),
+        vectors=vectors,
     )
 
 

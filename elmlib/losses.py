@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elmlib.adapter import LinearMap
 from elmlib.prompts import IGNORE_INDEX
 
 
@@ -22,6 +21,8 @@ class LossParts(NamedTuple):
     """Sum of the text drift loss over rows, cosine units."""
     drift_similarity: Tensor
     """Sum over rows of the cosine that the drift loss looks at."""
+    teacher: Tensor
+    """Sum of the KL divergence from the teacher over answer tokens, nats."""
     tokens: int
     rows: int
 
@@ -35,21 +36,27 @@ class Predictions(NamedTuple):
     """(batch, length, k) float32 log-probabilities of the most probable tokens; -inf at padding."""
     top_ids: Tensor
     """(batch, length, k)."""
+    asked_log_probs: Tensor
+    """(answer tokens, m) float32 log-probabilities of the tokens that were asked for; m is 0 where none were."""
 
 
-def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> Predictions:
-    """NLL and the `top_k` most probable tokens, without holding the logits of all positions.
+def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int, asked_ids: Tensor | None = None) -> Predictions:
+    """NLL, the `top_k` most probable tokens and any others asked for, without holding the logits of all positions.
 
     hidden (batch, length, dim): the LLM's last hidden states; weight (vocab, dim): its output layer; labels (batch,
-    length) with IGNORE_INDEX at padding, which is not computed. Equals, in float32,
-    `log_softmax(hidden @ weight.T)` gathered at the labels and cut to its top k, with the same gradient to `hidden`;
-    `weight` is frozen and gets none.
+    length) with IGNORE_INDEX at padding, which is not computed; asked_ids (answer tokens, m), row by row. Equals, in
+    float32, `log_softmax(hidden @ weight.T)` gathered at the labels, cut to its top k and gathered at `asked_ids`,
+    with the same gradient to `hidden`; `weight` is frozen and gets none.
     """
     answers = labels != IGNORE_INDEX
-    nll, top, ids = _Predict.apply(hidden[answers], weight, labels[answers], min(top_k, len(weight)))
-    shape = (*labels.shape, top.shape[-1])
-    top_log_probs = top.new_full(shape, float("-inf")).masked_scatter(answers[..., None], top)
-    return Predictions(nll, top_log_probs, ids.new_zeros(shape).masked_scatter(answers[..., None], ids))
+    given, chosen = hidden[answers], labels[answers]
+    asked = chosen.new_zeros(len(chosen), 0) if asked_ids is None else asked_ids
+    top_k = min(top_k, len(weight))
+    nll, log_probs, ids = _Predict.apply(given, weight, chosen, top_k, asked)
+    shape = (*labels.shape, top_k)
+    top = log_probs.new_full(shape, float("-inf")).masked_scatter(answers[..., None], log_probs[:, :top_k])
+    top_ids = ids.new_zeros(shape).masked_scatter(answers[..., None], ids)
+    return Predictions(nll, top, top_ids, log_probs[:, top_k:])
 
 
 class _Predict(torch.autograd.Function):
@@ -59,29 +66,31 @@ class _Predict(torch.autograd.Function):
     CHUNK = 128  # positions whose logits are held at a time
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int, asked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         nll = torch.zeros((), device=hidden.device)
-        tops, expected = [], []
-        for part, label in zip(hidden.split(_Predict.CHUNK), labels.split(_Predict.CHUNK), strict=True):
+        pieces, expected = [], []
+        for part, label, also in zip(*(x.split(_Predict.CHUNK) for x in (hidden, labels, asked)), strict=True):
             logits = (part @ weight.T).float()  # (chunk, vocab)
             total = logits.logsumexp(-1, keepdim=True)
             nll += (total - logits.gather(1, label[:, None])).sum()
-            top, ids = logits.topk(top_k)
-            tops.append((top - total, ids))
+            top, top_ids = logits.topk(top_k)
+            pieces.append((torch.cat([top, logits.gather(1, also)], dim=1) - total, top_ids))
             if ctx.needs_input_grad[0]:
                 expected.append(logits.sub_(total).exp_().to(weight.dtype) @ weight)  # (chunk, dim)
-        top_log_probs, top_ids = (torch.cat(pieces) for pieces in zip(*tops, strict=True))
+        log_probs, ids = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         if expected:
-            ctx.save_for_backward(torch.cat(expected), weight, labels, top_ids)
-        ctx.mark_non_differentiable(top_ids)
-        return nll, top_log_probs, top_ids
+            ctx.save_for_backward(torch.cat(expected), weight, labels, torch.cat([ids, asked], dim=1))
+        ctx.mark_non_differentiable(ids)
+        return nll, log_probs, ids
 
     @staticmethod
-    def backward(ctx: Any, nll: Tensor, top: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, nll: Tensor, slopes: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         expected, weight, labels, ids = ctx.saved_tensors
         grad = nll * (expected.float() - weight[labels].float())
-        grad += (top[:, None] @ weight[ids].float())[:, 0] - top.sum(1, keepdim=True) * expected.float()
-        return grad.to(weight.dtype), None, None, None
+        grad += (slopes[:, None] @ weight[ids].float())[:, 0] - slopes.sum(1, keepdim=True) * expected.float()
+        return grad.to(weight.dtype), None, None, None, None
 
 
 def info_nce(anchors: Tensor, positives: Tensor, sources: Tensor, temperature: float) -> Tensor:
@@ -97,40 +106,17 @@ def info_nce(anchors: Tensor, positives: Tensor, sources: Tensor, temperature: f
     return F.cross_entropy(similarity, torch.arange(len(anchors), device=anchors.device), reduction="none")
 
 
-def expected_token_embedding(top_log_probs: Tensor, top_ids: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean embedding of the tokens that the model is about to say, (batch, llm_dim) float32.
+def teacher_kl(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+    """KL(teacher || student) of each answer token over the teacher's k most probable tokens and one bucket for all
+    others, (tokens,) nats, at least 0; forward KL as in knowledge distillation (Hinton et al., 2015).
 
-    Each answer position contributes its most probable tokens (batch, length, k), by probability times `weights`
-    (vocab,); what falls outside the top k is missing mass, not invented mass. Padding has log-probability -inf.
-    table (vocab, llm_dim).
+    Both (tokens, k) float32 log-probabilities of the same tokens. With k the whole vocabulary it is the full KL; with
+    fewer it is a lower bound of it (the bucket hides how its mass is spread).
     """
-    mass = (top_log_probs.exp() * weights[top_ids]).flatten(1)  # (batch, length * k)
-    total = mass[:, None] @ table[top_ids.flatten(1)].float()  # (batch, 1, length * k) @ (batch, length * k, llm_dim)
-    return total[:, 0] / mass.sum(1).clamp_min(1e-6)[:, None]
+    teacher, student = (torch.cat([kept, _log_rest(kept)], dim=1) for kept in (teacher_log_probs, student_log_probs))
+    return (teacher.exp() * (teacher - student)).sum(1)
 
 
-def text_drift(meanings: Tensor, embeddings: Tensor, target_similarity: float) -> tuple[Tensor, Tensor]:
-    """relu(target_similarity - cos(v, e)) and the cosine itself, each (batch,); v and e (batch, embedding_dim).
-
-    `meanings` must lie in the embedder's own space: a cosine between vectors of unrelated spaces means nothing.
-    """
-    similarity = F.cosine_similarity(meanings, embeddings, dim=-1)
-    return F.relu(target_similarity - similarity), similarity
-
-
-class DriftReadout(NamedTuple):
-    """What turns predicted tokens into a vector of the embedder's space; fitted in closed form, then frozen."""
-
-    table: Tensor
-    """(vocab, llm_dim) the LLM's token embeddings."""
-    idf: Tensor
-    """(vocab,) weight of each token."""
-    to_embedding: LinearMap
-    """Mean token embedding -> embedding."""
-    top_k: int
-    """Most probable tokens per position that are looked at."""
-
-    def __call__(self, predictions: Predictions) -> Tensor:
-        """(batch, embedding_dim): the meaning of what the model is about to say."""
-        top, ids = predictions.top_log_probs, predictions.top_ids
-        return self.to_embedding(expected_token_embedding(top, ids, self.table, self.idf))
+def _log_rest(log_probs: Tensor) -> Tensor:
+    """log(1 - sum p), (tokens, 1), with at least 1e-6 left over: rounding must not make it infinite."""
+    return torch.log((1 - log_probs.exp().sum(1, keepdim=True)).clamp_min(1e-6))

@@ -140,6 +140,28 @@ class Elm:
         )
         return self._texts(prompt, ids[:, given.shape[1] :])
 
+    @torch.no_grad()
+    def reread(self, prompt: PromptIds, texts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+        """Teacher forcing of the bare LLM on the real texts: last hidden states at all answer positions, row by row.
+
+        texts and answers: token ids of each row, answers with the end of turn. Returns (answer tokens, llm_dim).
+        """
+        self.llm.eval()
+        given = [
+            torch.tensor([*text, *prompt.suffix, *answer[:-1]]) for text, answer in zip(texts, answers, strict=True)
+        ]
+        ids = pad_sequence(given, batch_first=True, padding_value=self.tokenizer.eos_token_id).to(self.table.device)
+        cache = copy.deepcopy(self._prefix(prompt).cache) if self._share_prefix else None
+        if cache is not None:
+            cache.batch_repeat_interleave(len(ids))
+            output = self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        else:
+            prefix = torch.tensor(prompt.prefix, device=ids.device).expand(len(ids), -1)
+            output = self.llm.base_model(input_ids=torch.cat([prefix, ids], dim=1), use_cache=False)
+        hidden = output.last_hidden_state[:, -ids.shape[1] :]  # right padding hides behind causality
+        rows = zip(hidden, given, answers, strict=True)
+        return torch.cat([row[len(tokens) - len(answer) : len(tokens)] for row, tokens, answer in rows])
+
     def _decoding(self, prompt: PromptIds, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(

@@ -14,6 +14,9 @@ TASK_TEMPLATES = {
     "category": "Name the category of the following text:\n\n{text}\n\nCategory:",
 }
 
+OPENING_TEMPLATE = "Repeat the beginning of the following text:\n\n{text}\n\nBeginning:"
+"""The prompt of the paraphrase stage, whose target is the text's own beginning."""
+
 # No chat template or text contains this; it only marks the cut between the pieces of a rendered chat.
 _MARK = "\u241eslot\u241e"
 

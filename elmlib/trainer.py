@@ -14,14 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from elmlib import checkpoint
-from elmlib.adapter import mean_token_embedding
 from elmlib.checkpoint import BEST, RunState
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Batch, epoch_batches, load_batches
-from elmlib.losses import LossParts, info_nce, predict, text_drift
+from elmlib.objective import learning_rate, loss_parts, total_loss
 from elmlib.records import write_json
 from elmlib.tracking import MetricsLog, ProgressBar, Row, Tracker, Trackers, WandbLog
-from elmlib.validation import Validation, validate
+from elmlib.validation import Validation, is_drifting, validate
 from elmlib.workbench import Workbench, prepare
 
 logger = logging.getLogger(__name__)
@@ -45,56 +44,35 @@ class TrainResult(NamedTuple):
     """The best evaluation's figures beside their controls, times and trained parameters; also in result.json."""
 
 
-def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
-    """One forward pass and every loss that the config asks for; a loss that it does not ask for is 0."""
-    soft, hidden = bench.elm(batch)
-    predictions = predict(
-        hidden, bench.elm.head, batch.labels, bench.readout.top_k if config.use_text_drift_loss else 1
-    )
-    contrastive = drift = similarity = torch.zeros((), device=soft.device)
-    if config.use_contrastive_loss:
-        positives = mean_token_embedding(batch.labels, bench.elm.table, bench.idf)
-        contrastive = info_nce(soft.mean(1), positives, batch.sources, config.contrastive_temperature).sum()
-    if config.use_text_drift_loss:
-        meanings = bench.readout(predictions)
-        losses, cosines = text_drift(meanings, batch.embeddings, config.text_drift_target_similarity)
-        drift, similarity = losses.sum(), cosines.detach().sum()
-    return LossParts(predictions.nll, contrastive, drift, similarity, batch.num_tokens, len(batch.labels))
-
-
-def learning_rate(step: int, total_steps: int, config: SummaryTrainingConfig) -> float:
-    """The rate of optimizer step `step`, from 0: linear warm-up, then a half cosine to 0."""
-    warmup = math.ceil(config.warmup_fraction * total_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
-
-
-def train(config: SummaryTrainingConfig, trackers: Sequence[Tracker] = ()) -> TrainResult:
+def train(
+    config: SummaryTrainingConfig, trackers: Sequence[Tracker] = (), bench: Workbench | None = None
+) -> TrainResult:
     """Train an adapter, or go on where `config.resume_from` stopped; both end in the same bytes on a CPU.
 
-    `trackers` see every row beside the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases.
+    `trackers` see every row beside the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases. `bench`,
+    of an earlier run on the same models and data, lends its frozen parts; its adapter stays as it is.
     Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
     """
-    return _Run(config, trackers).finish()
+    return _Run(config, trackers, bench).finish()
 
 
 class _Run:
     """One run: what changes while it trains, in one place, so that all of it goes into a checkpoint."""
 
-    def __init__(self, config: SummaryTrainingConfig, trackers: Sequence[Tracker]):
+    def __init__(self, config: SummaryTrainingConfig, trackers: Sequence[Tracker], bench: Workbench | None):
         self.config, self.extra = config, trackers
         self.accelerator = Accelerator()
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
         found = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once
-        self.bench = prepare(config, self.device)
+        self.bench = bench.fresh(config) if bench else prepare(config, self.device)
         self.adapter = self.bench.elm.adapter
         self.fingerprint = self.bench.train.fingerprint
         optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         torch.manual_seed(config.seed + self.accelerator.process_index)
+        self.told_of_lone_row = False
         self.state = RunState()
         if found:
             checkpoint.check_same_run(found, config, self.fingerprint)
@@ -102,9 +80,11 @@ class _Run:
             logger.info("resumed from %s", found)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
-        self.bench.elm.adapter = self.accelerator.prepare_model(self.adapter)
+        self.bench = self.bench.with_adapter(self.accelerator.prepare_model(self.adapter))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.windows_per_epoch = [len(self._windows(epoch)) for epoch in range(config.max_epochs)]
+        self.opening = self.bench.opening(config) if config.pretrain_epochs else None
+        self.epochs = config.pretrain_epochs + config.max_epochs
+        self.windows_per_epoch = [len(self._windows(epoch)) for epoch in range(self.epochs)]
         self.total_steps = sum(self.windows_per_epoch)
         if not self.total_steps:
             raise ValueError(f"{len(self.bench.train)} training rows are too few for {self.world} processes")
@@ -112,9 +92,9 @@ class _Run:
     def finish(self) -> TrainResult:
         """Train to the end and write result.json."""
         with self._trackers() as self.trackers:
-            if self.state.step == 0:
-                self._evaluate(epoch_ends=False)  # where the warm start alone stands
-            while self.state.epoch < self.config.max_epochs and not self._is_stale():
+            if self.state.step == 0 and self.config.eval_first:
+                self._evaluate(epoch_ends=False)
+            while self.state.epoch < self.epochs and not self._is_stale() and not self._is_out_of_time():
                 self._epoch()
         metrics = dict(self.state.best_values) | {
             "train_seconds": self.state.train_seconds,
@@ -137,9 +117,13 @@ class _Run:
             built.append(WandbLog(self.config))
         return Trackers(*built, ProgressBar(self.total_steps, self.state.step), *self.extra)
 
+    def _stage(self, epoch: int) -> Workbench:
+        """The paraphrase stage's workbench in its epochs, then the summary's."""
+        return self.opening if self.opening and epoch < self.config.pretrain_epochs else self.bench
+
     def _windows(self, epoch: int) -> list[list[list[int]]]:
         """The epoch's optimizer steps: for each, its batches here. Batches too few for all processes are left out."""
-        batches = epoch_batches(self.bench.train, self.config.batch_size, self.config.seed, epoch)
+        batches = epoch_batches(self._stage(epoch).train, self.config.batch_size, self.config.seed, epoch)
         batches = batches[: len(batches) // self.world * self.world]
         size = self.config.gradient_accumulation_steps * self.world
         windows = [batches[start : start + size] for start in range(0, len(batches), size)]
@@ -147,45 +131,46 @@ class _Run:
 
     def _epoch(self) -> None:
         windows = self._windows(self.state.epoch)[self.state.window :]
-        loader = load_batches(self.bench.train, [batch for window in windows for batch in window], self.config)
+        stage = self._stage(self.state.epoch)
+        loader = load_batches(stage.train, [batch for window in windows for batch in window], self.config)
         self.adapter.train()
         for window in windows:
             started = time.perf_counter()
-            values = self._step([next(loader).to(self.device) for _ in window])
-            seconds = self.state.train_seconds + time.perf_counter() - started
+            values = self._step(stage, [next(loader).to(self.device) for _ in window])
+            seconds = self.state.train_seconds + self._shared(time.perf_counter() - started)
             self.state = replace(
                 self.state, step=self.state.step + 1, window=self.state.window + 1, train_seconds=seconds
             )
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
-            evaluates = epoch_ends or self.state.step % self.config.eval_interval == 0
+            ends = epoch_ends or self._is_out_of_time()
+            evaluates = ends or self.state.step % self.config.eval_interval == 0
             if evaluates:
                 self._evaluate(epoch_ends)
             if evaluates or self.state.step % self.config.save_interval == 0:
                 self._save()
+            if ends:
+                break
 
-    def _step(self, batches: list[Batch]) -> dict[str, float]:
+    def _step(self, stage: Workbench, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over all batches of a window, each loss a sum over the window divided by its count."""
         config, accelerator = self.config, self.accelerator
-        rate = learning_rate(self.state.step, self.total_steps, config)
+        rate = learning_rate(self._place_in_schedule(), self.total_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         counts = torch.tensor([[b.num_tokens, len(b.labels)] for b in batches], device=self.device).sum(0)
         tokens, rows = accelerator.reduce(counts, reduction="sum").tolist()
-        sums = torch.zeros(5, device=self.device)
+        sums = torch.zeros(6, device=self.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.bench.elm.adapter):
-                parts = loss_parts(self.bench, batch, config)
-                loss = (
-                    parts.nll / tokens
-                    + config.contrastive_weight * parts.contrastive / rows
-                    + config.text_drift_weight * parts.drift / rows
-                )
+                self._tell_of_lone_row(batch)
+                parts = loss_parts(stage, batch, config)
+                loss = total_loss(parts, tokens, rows, config)
                 # DistributedDataParallel averages gradients over processes; the counts above are of all of them.
                 accelerator.backward(loss * self.world)
-            sums += torch.stack([x.detach() for x in (loss, *parts[:4])])
-        loss_sum, nll, contrastive, drift, similarity = accelerator.reduce(sums, reduction="sum").tolist()
+            sums += torch.stack([x.detach() for x in (loss, *parts[:5])])
+        loss_sum, nll, contrastive, drift, similarity, teacher = accelerator.reduce(sums, reduction="sum").tolist()
         self._check_stable(loss_sum)
         norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
         self.optimizer.step()
@@ -195,7 +180,26 @@ class _Run:
             values["contrastive"] = contrastive / rows
         if config.use_text_drift_loss:
             values |= {"drift": drift / rows, "drift_similarity": similarity / rows}
+        if config.use_teacher_kl:
+            values["teacher_kl"] = teacher / tokens
         return values
+
+    def _tell_of_lone_row(self, batch: Batch) -> None:
+        if self.config.use_contrastive_loss and len(batch.labels) == 1 and not self.told_of_lone_row:
+            self.told_of_lone_row = True
+            logger.warning("a batch of one row has no negatives: its contrastive loss is 0; raise --batch-size")
+
+    def _place_in_schedule(self) -> float:
+        """Optimizer steps done or, with a time limit that comes sooner, the same share of the time."""
+        limit = self.config.max_train_seconds
+        clock = self.total_steps * self.state.train_seconds / limit if limit else 0.0
+        return min(max(self.state.step, clock), self.total_steps)
+
+    def _shared(self, seconds: float) -> float:
+        """The mean over all processes, which must agree on when to stop."""
+        if self.world == 1:
+            return seconds
+        return float(self.accelerator.reduce(torch.tensor(seconds, device=self.device), reduction="mean"))
 
     def _check_stable(self, loss: float) -> None:
         mean = self.state.loss_mean
@@ -215,9 +219,12 @@ class _Run:
         """Evaluate on the main process, keep the best adapter, and count the epochs without a better one."""
         started = time.perf_counter()
         state = self.state
+        pretraining = state.epoch < self.config.pretrain_epochs
         if self.accelerator.is_main_process:
             result = validate(self.bench.with_adapter(self.adapter), self.config, self.device)
             values = result.values()
+            state = replace(state, history=(*state.history[-2:], (result.val_nll, values["bertscore_composite"])))
+            self._warn_of_drift(state)
             self.trackers.log(Row("eval", state.step, self._epochs_done(), values))
             if values["bertscore_composite"] > state.best_composite:
                 self._keep_best(result)
@@ -226,13 +233,23 @@ class _Run:
                     best_values=tuple(values.items()),
                 )  # fmt: skip
         if epoch_ends:
-            stale = 0 if state.improved else state.stale_epochs + 1
+            stale = 0 if state.improved or pretraining else state.stale_epochs + 1
             state = replace(state, epoch=state.epoch + 1, window=0, improved=False, stale_epochs=stale)
         state = replace(state, eval_seconds=state.eval_seconds + time.perf_counter() - started)
         self.state = broadcast_object_list([state])[0]
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
+
+    def _warn_of_drift(self, state: RunState) -> None:
+        if is_drifting(state.history):
+            (nll, composite), *_, (nll_now, composite_now) = state.history
+            logger.warning(
+                "step %d: drifting away from quality: over three evaluations NLL improved from %.3f to %.3f while "
+                "BERTScore composite fell from %.3f to %.3f; the best adapter so far is that of step %d. Try a lower "
+                "--learning-rate or fewer --epochs",
+                state.step, nll, nll_now, composite, composite_now, state.best_step,
+            )  # fmt: skip
 
     def _keep_best(self, result: Validation) -> None:
         checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)
@@ -246,7 +263,10 @@ class _Run:
     def _is_stale(self) -> bool:
         return self.state.stale_epochs >= self.config.early_stopping_patience
 
+    def _is_out_of_time(self) -> bool:
+        return 0 < self.config.max_train_seconds <= self.state.train_seconds
+
     def _epochs_done(self) -> float:
-        if self.state.epoch == self.config.max_epochs:
+        if self.state.epoch == self.epochs:
             return float(self.state.epoch)
         return self.state.epoch + self.state.window / self.windows_per_epoch[self.state.epoch]

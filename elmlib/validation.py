@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import orjson
 import torch
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Split
+from elmlib.drift import text_drift
 from elmlib.evaluation import SummaryScores, score_summaries, swap_sources
+from elmlib.identification import Identification, identify_sources
 from elmlib.losses import predict
 from elmlib.records import atomic_path
 from elmlib.workbench import Workbench
@@ -26,48 +29,94 @@ class Validation(NamedTuple):
     rows: list[int]
     """Of the split, in the order of `predictions`."""
     predictions: list[str]
+    identification: Identification
+    """Nearest reference summary among those of `rows`."""
+    training_similarity: np.ndarray
+    """(n,) the cosine that the text drift loss looks at, on the same rows under teacher forcing."""
 
     def values(self) -> dict[str, float]:
         """All figures, flat."""
-        return {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled} | self.scores.to_dict()
+        found = self.identification
+        return (
+            {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled}
+            | self.scores.to_dict()
+            | {f"identification_{name}": getattr(found, name) for name in ("top_1", "top_5", "mrr", "chance")}
+            | {"drift_correlation": correlation(self.training_similarity, self.scores.drift)}
+        )
 
     def write_predictions(self, path: Path, split: Split) -> None:
-        """One JSON line a summary, beside its reference."""
+        """One JSON line a summary, beside its reference, with its scores."""
+        columns = {
+            "bertscore_f1": self.scores.scores.f1,
+            "drift_similarity": self.scores.drift,
+            "training_similarity": self.training_similarity,
+            "rank": self.identification.ranks,
+        }
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            for row, prediction in zip(self.rows, self.predictions, strict=True):
+            for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
                 record = split.records[row]
                 line = {"source_id": record.source_id, "embedding_index": record.embedding_index}
-                file.write(orjson.dumps(line | {"prediction": prediction, "target_text": record.target_text}) + b"\n")
+                line |= {"prediction": prediction, "target_text": record.target_text}
+                line |= {name: values[place].item() for name, values in columns.items()}
+                file.write(orjson.dumps(line) + b"\n")
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation of a and b, each (n,), -1 to 1; 0 where either is constant and none is defined."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def is_drifting(history: Sequence[tuple[float, float]]) -> bool:
+    """Whether over the last three evaluations (NLL, composite) NLL fell each time and composite fell too.
+
+    So the one public attempt at this ended: its loss improved while its summaries lost the text.
+    """
+    if len(history) < 3:
+        return False
+    (first, high), (second, middle), (third, low) = history[-3:]
+    return first > second > third and high > middle > low
 
 
 @torch.no_grad()
 def validate(bench: Workbench, config: SummaryTrainingConfig, device: torch.device) -> Validation:
-    """NLL with true and with shuffled embeddings, and greedy summaries with their scores, on fixed seeded subsets."""
+    """NLL with true and with shuffled embeddings, and greedy summaries with their scores, on fixed seeded subsets.
+
+    The rows whose summaries are generated are among those whose NLL is measured, which are at least as many.
+    """
     split, elm = bench.val, bench.elm
     elm.adapter.eval()
-    rows = split.subset(config.eval_nll_samples, config.seed)
-    swapped = dict(zip(rows, swap_sources([str(split.sources[row]) for row in rows], config.seed), strict=True))
+    sample = split.subset(config.eval_samples, config.eval_seed)
+    rows = split.subset(max(config.eval_nll_samples, config.eval_samples), config.eval_seed)
+    swapped = dict(zip(rows, swap_sources([str(split.sources[row]) for row in rows], config.eval_seed), strict=True))
     totals = torch.zeros(3, dtype=torch.float64)
+    similarity: dict[int, float] = {}
     for chosen in split.bucket(rows, config.batch_size):
         batch = split.collate(chosen).to(device)
         other = split.vectors([rows[swapped[row]] for row in chosen]).to(device)
         for place, given in enumerate((batch, batch._replace(embeddings=other))):
-            totals[place] += predict(elm(given).hidden, elm.head, batch.labels, top_k=1).nll.item()
+            predictions = predict(elm(given).hidden, elm.head, batch.labels, config.drift_top_k)
+            totals[place] += predictions.nll.item()
+            if place == 0:
+                cosines = text_drift(bench.drift(predictions), batch.embeddings, 1.0)[1]
+                similarity |= zip(chosen, cosines.tolist(), strict=True)
         totals[2] += batch.num_tokens
-    sample = split.subset(config.eval_samples, config.seed)
     texts = _summarise(bench, sample, config, device)
-    scores = score_summaries(
-        bench.evaluator,
-        bench.embed,
-        texts,
-        [split.records[row].target_text for row in sample],
-        split.vectors(sample).numpy(),
-        [str(split.sources[row]) for row in sample],
-        config.seed,
-    )
+    references = [split.records[row].target_text for row in sample]
+    vectors, sources = split.vectors(sample).numpy(), [str(split.sources[row]) for row in sample]
+    scores = score_summaries(bench.evaluator, bench.embed, texts, references, vectors, sources, config.eval_seed)
     elm.adapter.train()
     nll, nll_shuffled = (totals[:2] / totals[2]).tolist()
-    return Validation(nll, nll_shuffled, scores, sample, texts)
+    return Validation(
+        val_nll=nll,
+        val_nll_shuffled=nll_shuffled,
+        scores=scores,
+        rows=sample,
+        predictions=texts,
+        identification=identify_sources(scores.vectors, bench.reference_vectors(sample), sources),
+        training_similarity=np.array([similarity[row] for row in sample]),
+    )
 
 
 def _summarise(bench: Workbench, rows: Sequence[int], config: SummaryTrainingConfig, device: torch.device) -> list[str]:

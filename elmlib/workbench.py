@@ -1,8 +1,9 @@
 """The workbench: models, data and closed-form fits, all that is frozen or fixed before training begins."""
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +20,31 @@ from elmlib.adapter import (
 )
 from elmlib.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.config import SummaryTrainingConfig
-from elmlib.data import Batch, Split, load_split
-from elmlib.losses import DriftReadout
+from elmlib.data import Batch, Split, load_split, opening_split
+from elmlib.drift import DriftHead, DriftReadout, ReEmbed
 from elmlib.model import Elm, make_adapter
 from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
+from elmlib.teacher import Teacher, load_teacher
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What has a closed form: statistics and ridge regressions on the training rows."""
+
+    mean: Tensor
+    """(embedding_dim,) of the embeddings, as is `std`."""
+    std: Tensor
+    idf: Tensor
+    """(vocab,) inverse document frequency over the training answers."""
+    to_tokens: LinearMap
+    """Standardised embedding -> idf-weighted mean token embedding of the target: the adapter's warm start."""
+    to_embedding: LinearMap
+    """Mean token embedding -> embedding: the drift read-out."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +54,49 @@ class Workbench:
     elm: Elm
     train: Split
     val: Split
-    idf: Tensor
-    """(vocab,) inverse document frequency over the training answers."""
-    readout: DriftReadout
+    fits: Fits
+    drift: DriftHead
+    teacher: Teacher | None
+    """Of `train`; None without the teacher's loss."""
     evaluator: BERTScoreEvaluator
+    embedder: "SentenceTransformer"
     embed: Callable[[list[str]], np.ndarray]
     """Texts -> vectors, in the space of the source embeddings."""
+
+    known_references: dict[int, np.ndarray] = field(default_factory=dict)
+    """Re-embedded targets of validation rows, each embedded once; every evaluation asks for the same ones."""
+
+    def reference_vectors(self, rows: Sequence[int]) -> np.ndarray:
+        """(rows, embedding_dim): the targets of validation rows, re-embedded."""
+        if missing := [row for row in rows if row not in self.known_references]:
+            texts = [self.val.records[row].target_text for row in missing]
+            self.known_references.update(zip(missing, self.embed(texts), strict=True))
+        return np.stack([self.known_references[row] for row in rows])
 
     def with_adapter(self, adapter: EmbeddingAdapter) -> "Workbench":
         """The same workbench around another adapter, say one that is not wrapped for several processes."""
         return replace(self, elm=self.elm.with_adapter(adapter))
+
+    def fresh(self, config: SummaryTrainingConfig) -> "Workbench":
+        """The same models and data with an adapter, warm or at random, and losses as `config` has them."""
+        table = self.elm.table
+        adapter = make_adapter(config, table).to(table.device)
+        adapter.standardise(self.fits.mean, self.fits.std)
+        if config.warm_start:
+            adapter.warm_start(self.fits.to_tokens)
+        if config.text_drift_head == "re_embed":
+            drift: DriftHead = ReEmbed(self.embedder, self.elm.tokenizer)
+        else:
+            drift = DriftReadout(table, self.fits.idf, self.fits.to_embedding)
+        teacher = load_teacher(self.elm, self.train, config) if config.use_teacher_kl else None
+        return replace(self.with_adapter(adapter), drift=drift, teacher=teacher)
+
+    def opening(self, config: SummaryTrainingConfig) -> "Workbench":
+        """The same workbench for the paraphrase stage: each text's own beginning is its training target."""
+        train = opening_split(self.train, self.elm.tokenizer, config.pretrain_tokens)
+        return replace(
+            self, train=train, teacher=load_teacher(self.elm, train, config) if config.use_teacher_kl else None
+        )
 
 
 def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
@@ -55,6 +108,29 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         logger.info("%s: %d rows, %d left out as too long", name, len(split), split.too_long)
     table = llm.get_input_embeddings().weight
     adapter = make_adapter(config, table).to(device)
+    fits = fit(train, val, table, adapter)
+    embedder = load_embedder(config.embedding_model_name, device)
+    references = [train.records[row].target_text for row in train.subset(1000, config.eval_seed)]
+    bench = Workbench(
+        elm=Elm(llm, tokenizer, adapter, config.use_gradient_checkpointing),
+        train=train,
+        val=val,
+        fits=fits,
+        drift=DriftReadout(table, fits.idf, fits.to_embedding),
+        teacher=None,
+        evaluator=create_evaluator(config, references),
+        embedder=embedder,
+        embed=lambda texts: encode(embedder, texts, config.batch_size),
+    )
+    return bench.fresh(config)
+
+
+def fit(train: Split, val: Split, table: Tensor, adapter: EmbeddingAdapter) -> Fits:
+    """Statistics on `train` and both ridge regressions, their strength chosen on `val`; table (vocab, llm_dim).
+
+    `adapter` standardises for the warm start, and keeps the statistics of `train`.
+    """
+    device = table.device
     idf = token_idf(train.answers, len(table)).to(device)
     adapter.standardise(*mean_and_std(batch.embeddings for batch in _rows(train, device)))
 
@@ -65,22 +141,12 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         )
         return NormalEquations((x, y) if forward else (y, e) for x, y, e in pairs)
 
-    if config.warm_start:
-        fit, strength = fit_ridge(moments(train, forward=True), moments(val, forward=True))
-        adapter.warm_start(fit)
-        logger.info("warm start: ridge strength %.3g", strength)
-    to_embedding, strength = fit_ridge(moments(train, forward=False), moments(val, forward=False))
-    logger.info("drift read-out: ridge strength %.3g", strength)
-    embedder = load_embedder(config.embedding_model_name, device)
-    return Workbench(
-        elm=Elm(llm, tokenizer, adapter, config.use_gradient_checkpointing),
-        train=train,
-        val=val,
-        idf=idf,
-        readout=DriftReadout(table, idf, LinearMap(*(x.to(device) for x in to_embedding)), config.drift_top_k),
-        evaluator=create_evaluator(config, [train.records[row].target_text for row in train.subset(1000, config.seed)]),
-        embed=lambda texts: encode(embedder, texts, config.batch_size),
-    )
+    maps = []
+    for name, forward in (("warm start", True), ("drift read-out", False)):
+        found, strength = fit_ridge(moments(train, forward), moments(val, forward))
+        logger.info("%s: ridge strength %.3g", name, strength)
+        maps.append(LinearMap(*(x.to(device) for x in found)))
+    return Fits(adapter.mean, adapter.std, idf, *maps)
 
 
 def _rows(split: Split, device: torch.device, chunk: int = 256) -> Iterator[Batch]:

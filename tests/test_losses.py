@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from elmlib import losses
-from elmlib.adapter import LinearMap
-from elmlib.losses import DriftReadout, Predictions, expected_token_embedding, info_nce, predict, text_drift
+from elmlib.losses import info_nce, predict, teacher_kl
 from elmlib.prompts import IGNORE_INDEX
 
 ROWS, LENGTH, VOCAB, DIM = 4, 5, 7, 6
@@ -29,10 +28,6 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def predictions(seed=0):
-    return (3 * normal(ROWS, LENGTH, VOCAB, seed=seed)).log_softmax(-1)
-
-
 def cosine(a, b):
     return (a @ b) / (a @ a).sqrt() / (b @ b).sqrt()
 
@@ -46,51 +41,27 @@ def naive_info_nce(anchors, positives, sources, temperature):
     return torch.stack(losses)
 
 
-def naive_expectation(log_probs, labels, top_k):
-    """sum of p * w * embedding over sum of p * w, over the answer positions and their top_k tokens."""
-    means = []
-    for row in range(len(labels)):
-        total, mass = torch.zeros(DIM), torch.zeros(())
-        for t in range(labels.shape[1]):
-            if labels[row, t] == IGNORE_INDEX:
-                continue
-            for token in log_probs[row, t].argsort(descending=True)[:top_k]:
-                share = log_probs[row, t, token].exp() * WEIGHTS[token]
-                total, mass = total + share * TABLE[token], mass + share
-        means.append(total / mass)
-    return torch.stack(means)
+ASKED = torch.tensor([[token % VOCAB, (3 * token + 1) % VOCAB] for token in range(13)])  # for each answer token
 
 
-def naive_drift(meanings, embeddings, target):
-    return torch.stack([(target - cosine(v, e)).clamp(min=0) for v, e in zip(meanings, embeddings, strict=True)])
+def naive_predict(hidden, weight, labels, top_k, asked):
+    """NLL, top-k log-probabilities, their tokens, and log-probabilities of the asked ones, position by position."""
+    answers = [(row, t) for row in range(ROWS) for t in range(LENGTH) if labels[row, t] != IGNORE_INDEX]
+    nll, tops, ids, found = torch.zeros(()), [], [], []
+    for (row, t), wanted in zip(answers, asked, strict=True):
+        scores = torch.stack([hidden[row, t] @ token for token in weight])
+        log_probs = scores - scores.exp().sum().log()
+        nll = nll - log_probs[labels[row, t]]
+        best = log_probs.argsort(descending=True)[:top_k]
+        tops.append(log_probs[best])
+        ids.append(best)
+        found.append(torch.stack([log_probs[token] for token in wanted]))
+    return nll, torch.stack(tops), torch.stack(ids), torch.stack(found)
 
 
-def gradient(function, given):
-    """Gradient of a weighted sum of the outputs, so that no two outputs can stand in for each other."""
-    given = given.detach().requires_grad_()
-    out = function(given)
-    (out * torch.arange(1.0, out.numel() + 1).view_as(out)).sum().backward()
-    return given.grad
-
-
-def most_probable(log_probs, labels, top_k):
-    """What `predict` would say, from the log-probabilities of the whole vocabulary."""
-    top, ids = log_probs.topk(min(top_k, VOCAB))
-    padding = (labels == IGNORE_INDEX)[..., None]
-    return Predictions(log_probs.new_zeros(()), top.masked_fill(padding, float("-inf")), ids)
-
-
-def expectation(log_probs, labels, top_k):
-    """The expected token embedding, from the log-probabilities of the whole vocabulary."""
-    _, top, ids = most_probable(log_probs, labels, top_k)
-    return expected_token_embedding(top, ids, TABLE, WEIGHTS)
-
-
-def naive_predict(hidden, weight, labels, top_k):
-    log_probs = (hidden @ weight.T).log_softmax(-1)
-    nll = sum(-log_probs[i, t, labels[i, t]] for i, t in (labels != IGNORE_INDEX).nonzero())
-    _, top, ids = most_probable(log_probs, labels, top_k)
-    return nll, top, ids
+def slope(*outputs):
+    """A weighted sum, so that no two outputs can stand in for each other."""
+    return sum((x * torch.arange(1.0, x.numel() + 1).view_as(x)).sum() for x in outputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 128])
@@ -98,16 +69,74 @@ def naive_predict(hidden, weight, labels, top_k):
 def test_predict_and_its_gradient_equal_their_naive_twin(top_k, chunk, monkeypatch):
     monkeypatch.setattr(losses._Predict, "CHUNK", chunk)
     weight, answers = normal(VOCAB, DIM, seed=3), LABELS != IGNORE_INDEX
-    slopes = []
-    for function in (predict, naive_predict):
-        hidden = normal(ROWS, LENGTH, DIM, seed=4).requires_grad_()
-        nll, top, ids = function(hidden, weight, LABELS, top_k)
-        (2 * nll + (top[answers] * torch.arange(top[answers].numel()).view_as(top[answers])).sum()).backward()
-        slopes.append((nll.detach(), top.detach()[answers], ids[answers], hidden.grad))
-        assert top[~answers].isneginf().all()
-        assert not hidden.grad[~answers].any()
-    for found, expected in zip(*slopes, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    hidden, other = (normal(ROWS, LENGTH, DIM, seed=4).requires_grad_() for _ in range(2))
+    found = predict(hidden, weight, LABELS, top_k, ASKED)
+    assert found.top_log_probs[~answers].isneginf().all()
+    values = (found.nll, found.top_log_probs[answers], found.top_ids[answers], found.asked_log_probs)
+    expected = naive_predict(other, weight, LABELS, top_k, ASKED)
+    for (nll, top, _, asked), given in ((values, hidden), (expected, other)):
+        slope(2 * nll, top, asked).backward()
+        assert not given.grad[~answers].any()
+    for value, wanted in zip((*values, hidden.grad), (*expected, other.grad), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_asked_for_changes_nothing_else():
+    hidden, weight = normal(ROWS, LENGTH, DIM, seed=4), normal(VOCAB, DIM, seed=3)
+    plain, asked = predict(hidden, weight, LABELS, 2), predict(hidden, weight, LABELS, 2, ASKED)
+    assert plain.asked_log_probs.shape == (13, 0)
+    for before, after in zip(plain[:3], asked[:3], strict=True):
+        assert torch.equal(before, after)
+
+
+def naive_teacher_kl(teacher, student, kept):
+    """sum p_T log(p_T / p_S) over the kept tokens, and the same for all others as one event; full distributions."""
+    values = []
+    for row in range(len(teacher)):
+        p, q = teacher[row].exp(), student[row].exp()
+        value = sum(p[token] * (p[token] / q[token]).log() for token in kept[row])
+        rest = [token for token in range(VOCAB) if token not in kept[row]]
+        if rest:
+            value = value + p[rest].sum() * (p[rest].sum() / q[rest].sum()).log()
+        values.append(value)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, VOCAB])
+def test_teacher_kl_equals_its_naive_twin(top_k):
+    teacher, student = (normal(ROWS, VOCAB, seed=seed).log_softmax(-1) for seed in (5, 6))
+    top, ids = teacher.topk(top_k)
+    found = teacher_kl(top, student.gather(1, ids))
+    torch.testing.assert_close(found, naive_teacher_kl(teacher, student, ids.tolist()), rtol=1e-4, atol=1e-5)
+    if top_k == VOCAB:
+        full = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
+        torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_kl_is_zero_for_the_teacher_itself_and_grows_with_what_is_kept():
+    teacher, student = (normal(ROWS, VOCAB, seed=seed).log_softmax(-1) for seed in (5, 6))
+    order = teacher.argsort(descending=True)
+    before = torch.zeros(ROWS)
+    for top_k in range(1, VOCAB):
+        ids = order[:, :top_k]
+        same = teacher_kl(teacher.gather(1, ids), teacher.gather(1, ids))
+        torch.testing.assert_close(same, torch.zeros(ROWS), rtol=0, atol=1e-6)
+        found = teacher_kl(teacher.gather(1, ids), student.gather(1, ids))
+        assert (found >= before - 1e-5).all()  # merging tokens into one bucket can only hide a difference
+        before = found
+    assert before.min() > 0
+
+
+def test_permuting_the_tokens_permutes_teacher_kl():
+    teacher, student = (normal(ROWS, VOCAB, seed=seed).log_softmax(-1)[:, :4] for seed in (5, 6))
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(teacher_kl(teacher[order], student[order]), teacher_kl(teacher, student)[order])
+
+
+def test_teacher_kl_has_the_gradient_of_finite_differences():
+    teacher = normal(ROWS, VOCAB, seed=5, dtype=torch.float64).log_softmax(-1)[:, :3]
+    scores = normal(ROWS, VOCAB, seed=6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: teacher_kl(teacher, x.log_softmax(-1)[:, :3]), scores)
 
 
 def test_predict_sums_so_batches_may_be_split_anywhere():
@@ -166,109 +195,3 @@ def test_info_nce_compares_directions_not_lengths():
 def test_info_nce_has_the_gradient_of_finite_differences():
     rows = [normal(ROWS, DIM, seed=seed, dtype=torch.float64).requires_grad_() for seed in (1, 2)]
     assert torch.autograd.gradcheck(lambda a, p: info_nce(a, p, SOURCES, 0.5), rows)
-
-
-@pytest.mark.parametrize("top_k", [1, 3, VOCAB, VOCAB + 10])
-def test_the_expected_embedding_equals_its_naive_twin(top_k):
-    log_probs = predictions()
-    means = expectation(log_probs, LABELS, top_k)
-    torch.testing.assert_close(means, naive_expectation(log_probs, LABELS, top_k))
-    slopes = [
-        gradient(lambda given: expectation(given, LABELS, top_k), log_probs),
-        gradient(lambda given: naive_expectation(given, LABELS, top_k), log_probs),
-    ]
-    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
-
-
-def test_the_whole_vocabulary_gives_the_full_expectation():
-    log_probs = predictions()
-    present = (LABELS != IGNORE_INDEX)[..., None]
-    mass = (log_probs.exp() * WEIGHTS * present).sum(1)  # (rows, vocab)
-    expected = mass @ TABLE / mass.sum(1, keepdim=True)
-    torch.testing.assert_close(expectation(log_probs, LABELS, VOCAB), expected)
-
-
-def test_the_expected_embedding_ignores_padding_and_what_the_labels_say():
-    log_probs = predictions()
-    other = torch.where((LABELS == IGNORE_INDEX)[..., None], predictions(seed=5), log_probs)
-    relabelled = torch.where(LABELS == IGNORE_INDEX, LABELS, (LABELS + 1) % VOCAB)
-    expected = expectation(log_probs, LABELS, 3)
-    assert torch.equal(expectation(other, relabelled, 3), expected)
-
-
-def test_the_expected_embedding_of_a_row_does_not_depend_on_the_others():
-    log_probs = predictions()
-    whole = expectation(log_probs, LABELS, 3)
-    for row in range(ROWS):
-        length = int((LABELS[row] != IGNORE_INDEX).sum())
-        alone = (log_probs[row : row + 1, :length], LABELS[row : row + 1, :length])
-        torch.testing.assert_close(expectation(*alone, 3)[0], whole[row])
-
-
-def test_a_model_sure_of_weightless_tokens_gives_no_nan():
-    log_probs = torch.full((1, 2, VOCAB), -1e4)
-    log_probs[..., 0] = 0.0  # token 0 weighs nothing
-    log_probs.requires_grad_()
-    mean = expectation(log_probs, torch.tensor([[0, 0]]), 3)
-    mean.sum().backward()
-    assert mean.isfinite().all()
-    assert log_probs.grad.isfinite().all()
-
-
-def test_text_drift_equals_its_naive_twin():
-    meanings, embeddings = normal(ROWS, DIM, seed=1), normal(ROWS, DIM, seed=2)
-    for target in (-1.0, 0.0, 0.75, 1.0):
-        losses, similarity = text_drift(meanings, embeddings, target)
-        torch.testing.assert_close(losses, naive_drift(meanings, embeddings, target))
-        for row in range(ROWS):
-            torch.testing.assert_close(similarity[row], cosine(meanings[row], embeddings[row]))
-
-
-def test_text_drift_above_the_target_has_neither_loss_nor_gradient():
-    embeddings = normal(ROWS, DIM, seed=2)
-    meanings = embeddings + 0.1 * normal(ROWS, DIM, seed=1)
-    meanings[3] = -embeddings[3]  # the one row that falls short
-    meanings[3, 0] += 1
-    losses, similarity = text_drift(meanings, embeddings, 0.75)
-    slope = gradient(lambda given: text_drift(given, embeddings, 0.75)[0], meanings)
-    assert similarity[:3].min() > 0.75
-    assert not losses[:3].any()
-    assert not slope[:3].any()
-    assert losses[3] > 0.75
-    assert slope[3].any()
-
-
-def test_a_step_down_the_drift_gradient_raises_the_cosine():
-    meanings, embeddings = normal(ROWS, DIM, seed=1), normal(ROWS, DIM, seed=2)
-    slope = gradient(lambda given: text_drift(given, embeddings, 1.0)[0], meanings)
-    before, after = (text_drift(v, embeddings, 1.0)[1] for v in (meanings, meanings - 0.01 * slope))
-    assert (after > before).all()
-
-
-def test_text_drift_has_the_gradient_of_finite_differences():
-    rows = [normal(ROWS, DIM, seed=seed, dtype=torch.float64).requires_grad_() for seed in (1, 2)]
-    assert text_drift(*rows, 0.75)[0].min() > 0.01  # away from the kink, where no difference is defined
-    assert torch.autograd.gradcheck(lambda v, e: text_drift(v, e, 0.75), rows)
-
-
-def test_text_drift_is_a_row_by_row_loss_so_batches_may_be_split_anywhere():
-    meanings, embeddings = normal(ROWS, DIM, seed=1), normal(ROWS, DIM, seed=2)
-    for whole, *parts in zip(
-        text_drift(meanings, embeddings, 0.75),
-        text_drift(meanings[:1], embeddings[:1], 0.75),
-        text_drift(meanings[1:], embeddings[1:], 0.75),
-        strict=True,
-    ):
-        torch.testing.assert_close(sum(part.sum() for part in parts), whole.sum())
-
-
-def test_the_readout_maps_the_expected_embedding_and_lets_the_gradient_through():
-    to_embedding = LinearMap(normal(3, DIM, seed=1), normal(3, seed=2))
-    log_probs = predictions()
-    readout = DriftReadout(TABLE, WEIGHTS, to_embedding, 4)
-    meanings = readout(most_probable(log_probs, LABELS, 4))
-    for row, mean in enumerate(naive_expectation(log_probs, LABELS, 4)):
-        torch.testing.assert_close(meanings[row], to_embedding.weight @ mean + to_embedding.bias)
-    slope = gradient(lambda given: readout(most_probable(given, LABELS, 4)), log_probs)
-    assert slope[LABELS != IGNORE_INDEX].any(-1).all()
-    assert not slope[LABELS == IGNORE_INDEX].any()

@@ -10,14 +10,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from elmlib import checkpoint, trainer
+from elmlib import checkpoint, objective, trainer
 from elmlib.config import SummaryTrainingConfig
 from elmlib.losses import Predictions
+from elmlib.objective import loss_parts
 from elmlib.tracking import Row, read_metrics
-from elmlib.trainer import UnstableTrainingError, learning_rate, train
+from elmlib.trainer import UnstableTrainingError, train
+from elmlib.validation import is_drifting
+from elmlib.workbench import prepare
 
 
 class StopAt:
@@ -136,8 +140,8 @@ def scaled(predictions: Predictions, factor: float) -> Predictions:
 def test_a_loss_that_is_not_finite_stops_the_run(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.predict
-    monkeypatch.setattr(trainer, "predict", lambda *given: scaled(real(*given), float("nan")))
+    real = objective.predict
+    monkeypatch.setattr(objective, "predict", lambda *given: scaled(real(*given), float("nan")))
     with pytest.raises(UnstableTrainingError, match=r"step 1: the loss is nan.*learning-rate"):
         train(tiny_config)
 
@@ -145,8 +149,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_spike_names_the_last_good_checkpoint(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = trainer.predict, itertools.count(1)
-    monkeypatch.setattr(trainer, "predict", lambda *given: scaled(real(*given), 100 if next(calls) == 23 else 1))
+    real, calls = objective.predict, itertools.count(1)
+    monkeypatch.setattr(objective, "predict", lambda *given: scaled(real(*given), 100 if next(calls) == 23 else 1))
     with pytest.raises(UnstableTrainingError, match=r"step 23: .*adapter_step_20\.safetensors"):
         train(tiny_config)
 
@@ -167,11 +171,131 @@ def test_early_stopping_counts_epochs_without_a_better_composite(
     assert result.metrics["best_step"] == 12
 
 
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    config = SummaryTrainingConfig(learning_rate=1.0, warmup_fraction=0.1)
-    rates = [learning_rate(step, 100, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[100] == pytest.approx(0.0)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+def evaluations(nlls: list[float], composites: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Script what each evaluation finds."""
+    real, scripted = trainer.validate, iter(zip(nlls, composites, strict=True))
+
+    def validate(*arguments: object) -> trainer.Validation:
+        nll, composite = next(scripted)
+        result = real(*arguments)
+        result.scores.metrics["bertscore_composite"] = composite
+        return result._replace(val_nll=nll)
+
+    monkeypatch.setattr(trainer, "validate", validate)
+
+
+def test_loss_that_improves_while_quality_falls_is_told(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluations([5.0, 4.0, 3.0, 2.0, 1.5], [0.2, 0.5, 0.4, 0.3, 0.35], monkeypatch)
+    train(tiny_config)
+    (told,) = [r.getMessage() for r in caplog.records if "drifting away" in r.message]
+    assert "step 18" in told and "from 4.000 to 2.000" in told and "from 0.500 to 0.300" in told and "step 6" in told
+
+
+def test_a_resumed_run_remembers_the_evaluations_before_the_stop(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluations([5.0, 4.0, 3.0, 2.0, 1.5], [0.2, 0.5, 0.4, 0.3, 0.35], monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config, [StopAt(17)])
+    assert "drifting away" not in caplog.text
+    train(replace(tiny_config, resume_from="latest"))
+    assert caplog.text.count("drifting away") == 1
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([(3, 0.3), (2, 0.2), (1, 0.1)], True),
+        ([(9, 0.1), (3, 0.3), (2, 0.2), (1, 0.1)], True),
+        ([(3, 0.3), (2, 0.2)], False),
+        ([(3, 0.3), (2, 0.2), (2, 0.1)], False),
+        ([(3, 0.3), (2, 0.35), (1, 0.1)], False),
+        ([(1, 0.3), (2, 0.2), (3, 0.1)], False),
+    ],
+)
+def test_is_drifting(history: list[tuple[float, float]], expected: bool) -> None:
+    assert is_drifting(history) is expected
+
+
+def test_a_batch_of_one_row_is_told_once(tiny_config: SummaryTrainingConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(tiny_config, batch_size=1, max_epochs=1, eval_interval=1000)
+    train(config)
+    assert caplog.text.count("a batch of one row has no negatives") == 1
+    rows = read_metrics(Path(config.checkpoint_dir) / "metrics.jsonl")
+    assert {row.values["contrastive"] for row in rows if row.kind == "step"} == {0.0}
+
+
+def test_the_paraphrase_stage_comes_first_and_learns_the_beginning_of_the_text(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, real = [], trainer.loss_parts
+    monkeypatch.setattr(
+        trainer, "loss_parts", lambda bench, batch, config: prompts.append(batch.prompt) or real(bench, batch, config)
+    )
+    config = replace(tiny_config, pretrain_epochs=3, learning_rate=5e-3, max_epochs=1, pretrain_tokens=5)
+    result = train(config)
+    assert result.metrics["steps"] == 48
+    assert prompts[:36] == [prompts[0]] * 36 and prompts[36:] == [prompts[47]] * 12 and prompts[0] != prompts[47]
+    rows = read_metrics(Path(config.checkpoint_dir) / "metrics.jsonl")
+    nll = [row.values["nll"] for row in rows if row.kind == "step"]
+    assert sum(nll[30:36]) < sum(nll[:6])
+
+
+def test_a_run_stopped_in_its_paraphrase_stage_ends_in_the_same_bytes(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny_config, pretrain_epochs=1, max_epochs=1)
+    stopped = replace(config, checkpoint_dir=str(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, [StopAt(7)])
+    assert train(replace(stopped, resume_from="latest")).last.read_bytes() == train(config).last.read_bytes()
+
+
+def test_a_time_limit_ends_the_run_with_an_evaluation_and_a_rate_near_zero(tiny_config: SummaryTrainingConfig) -> None:
+    config = replace(tiny_config, max_epochs=1000, max_train_seconds=0.5, eval_first=False, eval_interval=10**6)
+    result = train(config)
+    assert 0.5 <= result.metrics["train_seconds"] < 1.5
+    rows = read_metrics(Path(config.checkpoint_dir) / "metrics.jsonl")
+    steps = [row for row in rows if row.kind == "step"]
+    evaluated = [row.step for row in rows if row.kind == "eval"]
+    assert evaluated[-1] == steps[-1].step == result.metrics["steps"]
+    assert 0 not in evaluated
+    assert steps[-1].values["learning_rate"] < 0.05 * config.learning_rate
+    assert max(row.values["learning_rate"] for row in steps) > 0.9 * config.learning_rate
+
+
+def test_a_borrowed_bench_gives_the_same_bytes_and_keeps_its_own_adapter(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    bench = prepare(replace(tiny_config, num_soft_tokens=2), torch.device("cpu"))
+    before = bench.elm.adapter.linear.weight.clone()
+    config = replace(tiny_config, max_epochs=1)
+    first = train(config, bench=bench).last.read_bytes()
+    assert first == train(replace(config, checkpoint_dir=str(tmp_path / "own"))).last.read_bytes()
+    assert torch.equal(bench.elm.adapter.linear.weight, before)
+
+
+def test_predictions_carry_their_scores(tiny_config: SummaryTrainingConfig) -> None:
+    result = train(replace(tiny_config, max_epochs=1, eval_nll_samples=2))
+    lines = [json.loads(line) for line in (result.best.parent / "predictions.jsonl").read_text().splitlines()]
+    metrics = result.metrics
+    mean = {name: sum(line[name] for line in lines) / len(lines) for name in ("bertscore_f1", "drift_similarity")}
+    assert mean["bertscore_f1"] == pytest.approx(metrics["bertscore_f1"], abs=1e-6)
+    assert mean["drift_similarity"] == pytest.approx(metrics["drift_similarity"], abs=1e-6)
+    assert sum(line["rank"] == 1 for line in lines) / len(lines) == pytest.approx(metrics["identification_top_1"])
+    pairs = np.array([[line["training_similarity"], line["drift_similarity"]] for line in lines])
+    assert np.corrcoef(pairs.T)[0, 1] == pytest.approx(metrics["drift_correlation"], abs=1e-6)
+
+
+def test_the_training_similarity_is_what_the_loss_sees(tiny_config: SummaryTrainingConfig) -> None:
+    bench = prepare(tiny_config, torch.device("cpu"))
+    bench.elm.adapter.eval()
+    found = trainer.validate(bench, tiny_config, torch.device("cpu"))
+    for row, similarity in list(zip(found.rows, found.training_similarity, strict=True))[:4]:
+        alone = loss_parts(bench, bench.val.collate([row]), tiny_config)
+        assert similarity == pytest.approx(alone.drift_similarity.item(), abs=1e-5)
 
 
 @pytest.mark.slow

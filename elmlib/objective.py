@@ -1,0 +1,53 @@
+"""What training minimises: the losses that the config asks for, their weights, and the learning rate's course."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from elmlib.adapter import mean_token_embedding
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data import Batch
+from elmlib.drift import text_drift
+from elmlib.losses import LossParts, info_nce, predict, teacher_kl
+from elmlib.workbench import Workbench
+
+
+def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
+    """One forward pass and every loss that the config asks for; a loss that it does not ask for is 0."""
+    soft, hidden = bench.elm(batch)
+    lesson = bench.teacher(batch.rows, soft.device) if bench.teacher else None
+    predictions = predict(
+        hidden,
+        bench.elm.head,
+        batch.labels,
+        config.drift_top_k if config.use_text_drift_loss else 1,
+        lesson.ids if lesson else None,
+    )
+    contrastive = drift = similarity = teacher = torch.zeros((), device=soft.device)
+    if config.use_contrastive_loss:
+        positives = mean_token_embedding(batch.labels, bench.elm.table, bench.fits.idf)
+        contrastive = info_nce(soft.mean(1), positives, batch.sources, config.contrastive_temperature).sum()
+    if config.use_text_drift_loss:
+        meanings = bench.drift(predictions)
+        losses, cosines = text_drift(meanings, batch.embeddings, config.text_drift_target_similarity)
+        drift, similarity = losses.sum(), cosines.detach().sum()
+    if lesson:
+        teacher = teacher_kl(lesson.log_probs, predictions.asked_log_probs).sum()
+    return LossParts(predictions.nll, contrastive, drift, similarity, teacher, batch.num_tokens, len(batch.labels))
+
+
+def total_loss(parts: LossParts, tokens: int, rows: int, config: SummaryTrainingConfig) -> Tensor:
+    """The weighted sum of all losses, each per answer token or per row of the whole optimizer step."""
+    return (
+        (parts.nll + config.teacher_kl_weight * parts.teacher) / tokens
+        + (config.contrastive_weight * parts.contrastive + config.text_drift_weight * parts.drift) / rows
+    )  # fmt: skip
+
+
+def learning_rate(step: float, total_steps: int, config: SummaryTrainingConfig) -> float:
+    """The rate of optimizer step `step`, from 0: linear warm-up, then a half cosine to 0."""
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
