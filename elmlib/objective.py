@@ -1,6 +1,4 @@
-"""What training minimises: the losses that the config asks for, their weights, and the learning rate's course."""
-
-import math
+"""What training minimises: the losses that the config asks for, and their weights."""
 
 import torch
 from torch import Tensor
@@ -43,11 +41,3 @@ def total_loss(parts: LossParts, tokens: int, rows: int, config: SummaryTraining
         (parts.nll + config.teacher_kl_weight * parts.teacher) / tokens
         + (config.contrastive_weight * parts.contrastive + config.text_drift_weight * parts.drift) / rows
     )  # fmt: skip
-
-
-def learning_rate(step: float, total_steps: int, config: SummaryTrainingConfig) -> float:
-    """The rate of optimizer step `step`, from 0: linear warm-up, then a half cosine to 0."""
-    warmup = math.ceil(config.warmup_fraction * total_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))

@@ -16,11 +16,12 @@ from accelerate.utils import broadcast_object_list
 from elmlib import checkpoint
 from elmlib.checkpoint import BEST, RunState
 from elmlib.config import SummaryTrainingConfig
-from elmlib.data import Batch, epoch_batches, load_batches
-from elmlib.objective import learning_rate, loss_parts, total_loss
+from elmlib.data import Batch, load_batches
+from elmlib.objective import loss_parts, total_loss
 from elmlib.records import write_json
+from elmlib.schedule import epoch_windows, learning_rate
 from elmlib.tracking import MetricsLog, ProgressBar, Row, Tracker, Trackers, WandbLog
-from elmlib.validation import Validation, is_drifting, validate
+from elmlib.validation import Validation, drift_warning, validate
 from elmlib.workbench import Workbench, prepare
 
 logger = logging.getLogger(__name__)
@@ -122,12 +123,8 @@ class _Run:
         return self.opening if self.opening and epoch < self.config.pretrain_epochs else self.bench
 
     def _windows(self, epoch: int) -> list[list[list[int]]]:
-        """The epoch's optimizer steps: for each, its batches here. Batches too few for all processes are left out."""
-        batches = epoch_batches(self._stage(epoch).train, self.config.batch_size, self.config.seed, epoch)
-        batches = batches[: len(batches) // self.world * self.world]
-        size = self.config.gradient_accumulation_steps * self.world
-        windows = [batches[start : start + size] for start in range(0, len(batches), size)]
-        return [window[self.accelerator.process_index :: self.world] for window in windows]
+        split = self._stage(epoch).train
+        return epoch_windows(split, self.config, epoch, self.accelerator.process_index, self.world)
 
     def _epoch(self) -> None:
         windows = self._windows(self.state.epoch)[self.state.window :]
@@ -224,7 +221,8 @@ class _Run:
             result = validate(self.bench.with_adapter(self.adapter), self.config, self.device)
             values = result.values()
             state = replace(state, history=(*state.history[-2:], (result.val_nll, values["bertscore_composite"])))
-            self._warn_of_drift(state)
+            if told := drift_warning(state.history):
+                logger.warning("step %d: %s; the best adapter is that of step %d", state.step, told, state.best_step)
             self.trackers.log(Row("eval", state.step, self._epochs_done(), values))
             if values["bertscore_composite"] > state.best_composite:
                 self._keep_best(result)
@@ -240,16 +238,6 @@ class _Run:
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
-
-    def _warn_of_drift(self, state: RunState) -> None:
-        if is_drifting(state.history):
-            (nll, composite), *_, (nll_now, composite_now) = state.history
-            logger.warning(
-                "step %d: drifting away from quality: over three evaluations NLL improved from %.3f to %.3f while "
-                "BERTScore composite fell from %.3f to %.3f; the best adapter so far is that of step %d. Try a lower "
-                "--learning-rate or fewer --epochs",
-                state.step, nll, nll_now, composite, composite_now, state.best_step,
-            )  # fmt: skip
 
     def _keep_best(self, result: Validation) -> None:
         checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)

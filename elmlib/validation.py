@@ -68,15 +68,20 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def is_drifting(history: Sequence[tuple[float, float]]) -> bool:
-    """Whether over the last three evaluations (NLL, composite) NLL fell each time and composite fell too.
+def drift_warning(history: Sequence[tuple[float, float]]) -> str:
+    """What to tell where over the last three evaluations (NLL, composite) both fell each time; empty where not.
 
     So the one public attempt at this ended: its loss improved while its summaries lost the text.
     """
     if len(history) < 3:
-        return False
+        return ""
     (first, high), (second, middle), (third, low) = history[-3:]
-    return first > second > third and high > middle > low
+    if not (first > second > third and high > middle > low):
+        return ""
+    return (
+        f"drifting away from quality: over three evaluations NLL improved from {first:.3f} to {third:.3f} while "
+        f"BERTScore composite fell from {high:.3f} to {low:.3f}. Try a lower --learning-rate or fewer --epochs"
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
-"""The objective is the weighted sum that its settings name; the learning rate follows its course."""
+"""The objective is the weighted sum that its settings name."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.losses import LossParts
-from elmlib.objective import learning_rate, loss_parts, total_loss
+from elmlib.objective import loss_parts, total_loss
 from elmlib.workbench import Workbench, prepare
 
 WEIGHTS = {"contrastive_weight": 0.5, "text_drift_weight": 0.25, "teacher_kl_weight": 2.0}
@@ -52,10 +51,3 @@ def test_a_loss_that_is_off_is_zero(tiny_config: SummaryTrainingConfig, switch: 
     assert getattr(parts, name) == 0
     others = {"contrastive", "drift"} - {name}
     assert all(getattr(parts, other) > 0 for other in others)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    config = SummaryTrainingConfig(learning_rate=1.0, warmup_fraction=0.1)
-    rates = [learning_rate(step, 100, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[100] == pytest.approx(0.0)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))

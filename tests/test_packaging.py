@@ -41,6 +41,7 @@ LAYERS = [
     "significance",
     "workbench",
     "objective",
+    "schedule",
     "validation",
     "tracking",
     "trainer",

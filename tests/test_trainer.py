@@ -20,7 +20,7 @@ from elmlib.losses import Predictions
 from elmlib.objective import loss_parts
 from elmlib.tracking import Row, read_metrics
 from elmlib.trainer import UnstableTrainingError, train
-from elmlib.validation import is_drifting
+from elmlib.validation import drift_warning
 from elmlib.workbench import prepare
 
 
@@ -215,8 +215,8 @@ def test_a_resumed_run_remembers_the_evaluations_before_the_stop(
         ([(1, 0.3), (2, 0.2), (3, 0.1)], False),
     ],
 )
-def test_is_drifting(history: list[tuple[float, float]], expected: bool) -> None:
-    assert is_drifting(history) is expected
+def test_drift_warning(history: list[tuple[float, float]], expected: bool) -> None:
+    assert bool(drift_warning(history)) is expected
 
 
 def test_a_batch_of_one_row_is_told_once(tiny_config: SummaryTrainingConfig, caplog: pytest.LogCaptureFixture) -> None:
