@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from elmlib.commands import CorpusConfig, DemoConfig, EvaluateConfig, FilterConfig, GenerateConfig, ReportConfig
+from elmlib.commands import (
+    AblateConfig,
+    CorpusConfig,
+    DemoConfig,
+    EvaluateConfig,
+    FilterConfig,
+    GenerateConfig,
+    ReportConfig,
+)
 from elmlib.config import SummaryTrainingConfig
 
 logger = logging.getLogger("elmlib")
@@ -94,6 +102,13 @@ def report(config: ReportConfig) -> None:
             card.to_frame().to_csv(temporary)
 
 
+def ablate(config: AblateConfig) -> None:
+    """Train variants of the settings for equal time at several seeds: what each part of the defaults is worth."""
+    from elmlib.ablation import run_ablation
+
+    print(f"{run_ablation(config)}\ntable and picture: {config.output_dir}/ablation.*")
+
+
 def demo(config: DemoConfig) -> None:
     """Run notebooks 00 to 02 through papermill, from docstrings to summaries written from their vectors."""
     from elmlib.demo import demo_stages, report, run_stages
@@ -127,6 +142,7 @@ COMMANDS = {
     "report": Command(
         ReportConfig, report, "elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8"
     ),
+    "ablate": Command(AblateConfig, ablate, "elm ablate --train-seconds 150 --seeds 3"),
     "demo": Command(DemoConfig, demo, "elm demo"),
 }  # fmt: skip
 

@@ -147,6 +147,32 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class AblateConfig:
+    """Which variants of the training settings to compare, for how long and how often."""
+
+    data_dir: str = "papermill_runs/demo/data/summary_filtered"
+    """Folder that `elm filter` wrote."""
+    output_dir: Path = Path("papermill_runs/ablation")
+    """Folder for `ablation.csv`, `ablation.md`, `ablation.png`, and the cells, finished ones of which are not run
+    again."""
+    train_seconds: float = 150.0
+    """Seconds of training in each cell, above 0; evaluations are not counted."""
+    seeds: int = 3
+    """Seeds of each variant, from 0, at least 1; a mean with its spread needs at least 2."""
+    eval_samples: int = 100
+    """Validation summaries generated at the end of each cell, at least 2."""
+    config: Path | None = None
+    """JSON file of training settings that replace the defaults; those above stand over it."""
+    only: tuple[str, ...] = ()
+    """Names of the variants to run; empty runs all."""
+
+    def __post_init__(self) -> None:
+        require(self, "train_seconds", 1e-3)
+        require(self, "seeds", 1)
+        require(self, "eval_samples", 2)
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The size of the demo."""
 

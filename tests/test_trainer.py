@@ -254,7 +254,10 @@ def test_a_run_stopped_in_its_paraphrase_stage_ends_in_the_same_bytes(
 
 
 def test_a_time_limit_ends_the_run_with_an_evaluation_and_a_rate_near_zero(tiny_config: SummaryTrainingConfig) -> None:
-    config = replace(tiny_config, max_epochs=1000, max_train_seconds=0.5, eval_first=False, eval_interval=10**6)
+    config = replace(
+        tiny_config, max_epochs=1000, max_train_seconds=0.5, eval_first=False, eval_interval=10**6,
+        early_stopping_patience=1000,
+    )  # fmt: skip
     result = train(config)
     assert 0.5 <= result.metrics["train_seconds"] < 1.5
     rows = read_metrics(Path(config.checkpoint_dir) / "metrics.jsonl")
