@@ -29,7 +29,7 @@ from elmlib.workbench import Workbench, prepare
 logger = logging.getLogger(__name__)
 
 _NEVER = 10**9  # steps: more than any cell makes
-_STEPS_PER_SECOND = 1000  # more than any machine makes, so that the clock ends a cell and not its epochs
+_STEPS_PER_SECOND = 200  # more than an LLM makes on any machine, so that the clock ends a cell and not its epochs
 
 
 class Variant(NamedTuple):
@@ -41,14 +41,13 @@ class Variant(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A cell that is to be filled: a variant at a seed."""
+    """A cell of the table: a variant at a seed."""
 
     variant: Variant
     config: SummaryTrainingConfig
     file: Path
-    """Where its result goes."""
-    key: str
-    """Hash of the settings and the data."""
+    """Holds its result once it is finished; its name has a hash of the settings and the data, so that a result of
+    others is neither taken for this one nor lost to it."""
 
     @property
     def name(self) -> str:
@@ -114,7 +113,7 @@ def plan(config: AblateConfig, base: SummaryTrainingConfig, rows: int, fingerpri
     jobs = []
     for seed in range(config.seeds):
         for variant in variants(base):
-            slug = f"{_slug(variant.name)}-seed-{seed}"
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{variant.name} seed {seed}".lower().replace("'", ""))
             settings = replace(
                 base,
                 **variant.changes,
@@ -124,13 +123,9 @@ def plan(config: AblateConfig, base: SummaryTrainingConfig, rows: int, fingerpri
                 checkpoint_dir=str(config.output_dir / "runs" / slug),
             )
             identity = json.dumps([settings.identity(), *fingerprints], sort_keys=True)
-            key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-            jobs.append(Job(variant, settings, config.output_dir / "cells" / f"{slug}.json", key))
+            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+            jobs.append(Job(variant, settings, config.output_dir / "cells" / f"{slug}-{key}.json"))
     return tuple(jobs)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("'", ""))
 
 
 def run_ablation(config: AblateConfig) -> str:
@@ -146,74 +141,59 @@ def run_ablation(config: AblateConfig) -> str:
         raise ValueError(f"no variant {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, known))}")
     bench = prepare(base, PartialState().device)
     jobs = plan(config, base, len(bench.train), [bench.train.fingerprint, bench.val.fingerprint])
-    cells = {job.name: cell for job in jobs if (cell := read_cell(job))}
-    table = write_results(config, base, jobs, cells) if cells else ""
-    with tqdm(jobs, desc="ablation", unit="cell") as bar:
+    logger.info("%d of %d cells are finished", sum(job.file.is_file() for job in jobs), len(jobs))
+    todo = [job for job in jobs if not job.file.is_file() and job.variant.name in (config.only or known)]
+    if any(job.config.use_teacher_kl for job in todo):
+        bench.train.source_texts("teacher_kl")  # raises now and not when its turn comes, an hour later
+    with tqdm(todo, desc="ablation", unit="cell") as bar:
         for job in bar:
-            if job.name in cells or (config.only and job.variant.name not in config.only):
-                continue
             bar.set_postfix_str(job.name)
             try:
-                cells[job.name] = _run_cell(job, bench)
+                cell = _run_cell(job, bench)
             except trainer.UnstableTrainingError as error:
                 logger.warning("%s: left empty: %s", job.name, error)
                 continue
-            table = write_results(config, base, jobs, cells)
-            bar.write(_line(job, cells[job.name]))
-    return table
-
-
-def read_cell(job: Job) -> Cell | None:
-    """The cell's result; None where it is not finished, or finished with other settings or other data."""
-    if not job.file.is_file():
-        return None
-    values = parse_line(job.file.read_bytes(), str(job.file))
-    return Cell(**values) if values["key"] == job.key else None
+            write_results(config, jobs)
+            f1, shuffled = cell.metrics["bertscore_f1"], cell.metrics["bertscore_f1_shuffled"]
+            bar.write(f"{job.name}: {cell.metrics['steps']:.0f} steps, F1 {f1:.3f}, shuffled {shuffled:.3f}")
+    return write_results(config, jobs)  # a kill may have come between a cell and its table
 
 
 def _run_cell(job: Job, bench: Workbench) -> Cell:
-    if job.file.is_file():
-        logger.info("%s: %s is of other settings or other data; it is run again", job.name, job.file)
     folder = Path(job.config.checkpoint_dir)
-    shutil.rmtree(folder, ignore_errors=True)  # what a kill or other settings left there
+    if folder.is_dir():  # of a killed run, or of other settings
+        shutil.rmtree(folder)
     result = trainer.train(job.config, bench=bench)
+    assert result.metrics["train_seconds"] >= job.config.max_train_seconds, "out of epochs before out of time"
     # The last evaluation and not the best: a choice among several would favour variants that pass over the data often.
     last = [row.values for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"][-1]
-    cell = Cell(job.variant.name, job.config.seed, job.variant.changes, result.metrics | last, job.key, _environment())
-    for pattern in ("adapter_step_*", "run_state_step_*"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in folder.glob("*_step_*"):  # nothing resumes a cell; the best adapter stays
+        path.unlink()
+    cell = Cell(job.variant.name, job.config.seed, job.variant.changes, result.metrics | last, _environment())
     write_json(job.file, cell._asdict())
     return cell
 
 
-def write_results(
-    config: AblateConfig, base: SummaryTrainingConfig, jobs: Sequence[Job], cells: dict[str, Cell]
-) -> str:
-    """Write table and picture of the finished cells, in the order of `jobs`; returns the Markdown."""
-    done = [cells[job.name] for job in jobs if job.name in cells]
-    text = f"{to_markdown(aggregate(done))}\n{_about(config, base, done)}\n"
+def write_results(config: AblateConfig, jobs: Sequence[Job]) -> str:
+    """Write table and picture of the finished cells, variants in the order of `jobs`; returns the Markdown."""
+    order = list(dict.fromkeys(job.variant.name for job in jobs))
+    finished = [job.file for job in jobs if job.file.is_file()]
+    cells = [Cell(**parse_line(file.read_bytes(), str(file))) for file in finished]
+    cells.sort(key=lambda cell: order.index(cell.variant))
+    machines = "; ".join(dict.fromkeys(cell.environment for cell in cells))
+    text = (
+        f"{to_markdown(aggregate(cells))}\n"
+        f"{config.train_seconds:g} seconds of training in each cell (loading, closed-form fits, the teacher's\n"
+        f"predictions and evaluations are not counted), {jobs[0].config.llm_model_name}, {config.eval_samples} "
+        f"validation samples, {config.seeds} seeds.\nRun on {machines}.\nMade by `{command_line(config)}`.\n"
+    )
     with atomic_path(config.output_dir / "ablation.csv") as temporary:
-        cells_frame(done).to_csv(temporary, index=False)
+        cells_frame(cells).to_csv(temporary, index=False)
     with atomic_path(config.output_dir / "ablation.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     with atomic_path(config.output_dir / "ablation.png") as temporary:
-        draw_ablation(done).savefig(temporary, format="png", dpi=120)
+        draw_ablation(cells).savefig(temporary, format="png", dpi=120)
     return text
-
-
-def _line(job: Job, cell: Cell) -> str:
-    f1, shuffled = cell.metrics["bertscore_f1"], cell.metrics["bertscore_f1_shuffled"]
-    return f"{job.name}: {cell.metrics['steps']:.0f} steps, F1 {f1:.3f}, shuffled {shuffled:.3f}"
-
-
-def _about(config: AblateConfig, base: SummaryTrainingConfig, cells: Sequence[Cell]) -> str:
-    machines = "; ".join(dict.fromkeys(cell.environment for cell in cells))
-    return (
-        f"{config.train_seconds:g} seconds of training in each cell (loading, closed-form fits, the teacher's\n"
-        f"predictions and evaluations are not counted), {base.llm_model_name}, {config.eval_samples} validation "
-        f"samples, {config.seeds} seeds.\nRun on {machines}.\nMade by `{command_line(config)}`."
-    )
 
 
 def _environment() -> str:

@@ -26,8 +26,6 @@ class Cell(NamedTuple):
     """The settings in which the variant differs from the base, and their values."""
     metrics: dict[str, float]
     """Of the evaluation at the end of training, with `steps` and `train_seconds`."""
-    key: str
-    """Hash of the settings and the data: an equal key is an equal experiment."""
     environment: str
     """The machine and the torch that it ran on."""
 
@@ -116,7 +114,7 @@ def cells_frame(cells: Sequence[Cell]) -> "pandas.DataFrame":
     return pandas.DataFrame(
         {"variant": cell.variant, "seed": cell.seed, "changes": json.dumps(cell.changes)}
         | cell.metrics
-        | {"environment": cell.environment, "key": cell.key}
+        | {"environment": cell.environment}
         for cell in cells
     )
 

@@ -133,7 +133,9 @@ def step_checkpoints(folder: Path) -> list[Path]:
 def archive_run(folder: Path) -> Path | None:
     """Move a run that lies in `folder` into a folder of its own there, so that a new one neither mixes with nor
     replaces it; None where there is none."""
-    names = ("adapter_step_*", "run_state_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json")
+    names = (
+        "adapter_step_*", "run_state_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json", "scorecard_*"
+    )  # fmt: skip
     found = [path for name in names for path in Path(folder).glob(name)]
     if not found:
         return None

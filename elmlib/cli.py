@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def report(config: ReportConfig) -> None:
     """Hold an adapter against its controls, from shuffled embeddings to the LLM that reads the text."""
-    from elmlib.records import atomic_path
+    from elmlib.report_plots import draw_scorecard
     from elmlib.scorecard import score_checkpoint
 
     card = score_checkpoint(
@@ -98,8 +98,10 @@ def report(config: ReportConfig) -> None:
     )
     print(card.to_text())
     if config.output:
-        with atomic_path(config.output) as temporary:
-            card.to_frame().to_csv(temporary)
+        card.write_csv(config.output)
+        picture = config.output.with_suffix(".png")
+        draw_scorecard(config.output).savefig(picture, dpi=120)
+        print(f"table: {config.output}\npicture: {picture}")
 
 
 def ablate(config: AblateConfig) -> None:

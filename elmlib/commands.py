@@ -139,9 +139,11 @@ class ReportConfig:
     top_p: float = 0.95
     """Of the candidates, above 0 to 1."""
     output: Path | None = None
-    """CSV file for the table."""
+    """CSV file for the table; a picture goes beside it, with the same name and `.png`."""
 
     def __post_init__(self) -> None:
+        if self.output and self.output.suffix == ".png":
+            raise ValueError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
         require(self, "samples", 0)
         _require_sampling(self)
 

@@ -1,7 +1,8 @@
 """What else could have written the summaries: every system whose score stands beside the adapter's own."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,13 +26,14 @@ Written = TypeVar("Written")
 
 
 class System(NamedTuple):
-    """A way to write summaries, and the n summaries that it wrote."""
+    """A way to write summaries."""
 
     name: str
-    predictions: list[str]
+    write: Callable[[], list[str]]
+    """Writes the n summaries, which takes its time."""
 
 
-def write_all(
+def list_systems(
     bench: Workbench,
     fresh: Elm,
     split: Split,
@@ -39,35 +41,49 @@ def write_all(
     config: SummaryTrainingConfig,
     device: torch.device,
     sampling: Sampling | None = None,
-) -> Iterator[System]:
-    """Let every system summarise `rows` of `split`: the adapter, its controls, then (with `sampling`) its candidates.
+) -> list[System]:
+    """All that can summarise `rows` of `split`: the adapter, its controls, then (with `sampling`) its candidates.
 
     `bench.elm` is the trained adapter, `fresh` one that was never trained. The mean embedding gives one text for all.
     The LLM that reads the text is the upper bound; the nearest training neighbour's summary is what a retrieval
     system would copy. Systems that need `source_text` are left out where a record has none.
     """
     length, vectors = config.max_new_tokens, split.vectors(rows).numpy()
-    true = _write(split, rows, _DECODED, lambda batch: bench.elm.generate(batch.to(device), length))
-    yield System(TRUE, true)
-    swap = swap_sources([str(split.sources[row]) for row in rows], config.eval_seed)
-    yield System(SHUFFLED, [true[row] for row in swap])
+
+    @cache
+    def true() -> list[str]:
+        return _write(split, rows, _DECODED, lambda batch: bench.elm.generate(batch.to(device), length))
+
+    def shuffled() -> list[str]:
+        swap = swap_sources([str(split.sources[row]) for row in rows], config.eval_seed)
+        return [true()[row] for row in swap]
 
     def from_mean(batch: PromptBatch) -> list[str]:
         mean = bench.elm.adapter.mean[None].to(device)
         return bench.elm.generate(PromptBatch(mean, batch.prompt), length) * len(batch.embeddings)
 
-    yield System("mean embedding", _write(split, rows, len(rows), from_mean))
-    untrained = _write(split, rows, _DECODED, lambda batch: fresh.generate(batch.to(device), length))
-    yield System("no training", untrained)
-    texts = [split.records[row].source_text for row in rows]
-    if all(texts):
-        yield System("first sentence", [first_sentence(text) for text in texts])
-        yield System("LLM reads the text", _read(bench.elm, split, rows, texts, config))
-    yield System(COPY, nearest_summaries(bench.train, vectors))
-    if sampling:
+    def untrained() -> list[str]:
+        return _write(split, rows, _DECODED, lambda batch: fresh.generate(batch.to(device), length))
+
+    def best_of(sampling: Sampling) -> list[str]:
         size = max(1, _DECODED // sampling.count)
         drawn = _write(split, rows, size, lambda batch: bench.elm.candidates(batch.to(device), length, sampling))
-        yield System(f"best of {sampling.count} candidates", rerank(bench.embed, drawn, vectors))
+        return rerank(bench.embed, drawn, vectors)
+
+    systems = [
+        System(TRUE, true),
+        System(SHUFFLED, shuffled),
+        System("mean embedding", lambda: _write(split, rows, len(rows), from_mean)),
+        System("no training", untrained),
+    ]
+    texts = [split.records[row].source_text for row in rows]
+    if all(texts):
+        systems.append(System("first sentence", lambda: [first_sentence(text) for text in texts]))
+        systems.append(System("LLM reads the text", lambda: _read(bench.elm, split, rows, texts, config)))
+    systems.append(System(COPY, lambda: nearest_summaries(bench.train, vectors)))
+    if sampling:
+        systems.append(System(f"best of {sampling.count} candidates", lambda: best_of(sampling)))
+    return systems
 
 
 def first_sentence(text: str) -> str:

@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+_COMPARED = 512  # summaries compared with the pool at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +45,42 @@ class Identification:
         """MRR of a summary that tells nothing: the mean of 1 / rank over all ranks."""
         return float((1 / np.arange(1, self.num_sources + 1)).mean())
 
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row a summary: rank and reciprocal_rank."""
+        import pandas
 
-def identify_sources(summaries: np.ndarray, targets: np.ndarray, sources: Sequence[str]) -> Identification:
+        return pandas.DataFrame({"rank": self.ranks, "reciprocal_rank": 1 / self.ranks})
+
+
+def identify_sources(
+    summaries: np.ndarray, targets: np.ndarray, sources: Sequence[str], rows: Sequence[int] | None = None
+) -> Identification:
     """Rank each summary's own target among the targets of all sources, by cosine.
 
-    summaries, targets (n, dim), row by row of one source; `sources` (n,) tells which rows are of one source, and such
-    rows do not compete. An all-zero summary (an empty text) is last.
+    summaries (n, dim); targets (m, dim), a pool that may hold more than the summaries' own; `sources` (m,) tells which
+    targets are of one source, and such targets do not compete. `rows` (n,) are the places of the summaries' own
+    targets in the pool; without them n = m, row by row. An all-zero summary (an empty text) is last.
     Raises ValueError for fewer than two sources.
     """
-    assert summaries.shape == targets.shape and len(sources) == len(summaries), (summaries.shape, targets.shape)
+    own = np.arange(len(targets)) if rows is None else np.asarray(rows)
+    assert len(own) == len(summaries) and len(sources) == len(targets), (len(own), summaries.shape, targets.shape)
     names, numbers = np.unique(np.array(sources), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{len(names)} source; identification needs at least 2")
-    similarity = unit_rows(summaries) @ unit_rows(targets).T  # (n, n)
-    # The nearest row of each source stands for it: (n, sources).
-    nearest = np.full((len(sources), len(names)), -np.inf)
-    for row, number in enumerate(numbers):
-        nearest[:, number] = np.maximum(nearest[:, number], similarity[:, row])
-    own = np.diagonal(similarity)[:, None]
-    rivals = nearest >= own - 1e-12
-    rivals[np.arange(len(sources)), numbers] = False
-    return Identification(1 + rivals.sum(axis=1), len(names))
+    by_source = np.argsort(numbers, kind="stable")
+    starts = np.searchsorted(numbers[by_source], np.arange(len(names)))
+    given, pool = unit_rows(summaries), unit_rows(targets)
+    ranks = []
+    for first in range(0, len(own), _COMPARED):
+        mine = own[first : first + _COMPARED]
+        similarity = given[first : first + _COMPARED] @ pool.T  # (chunk, m)
+        # The nearest target of each source stands for it: (chunk, sources).
+        nearest = np.maximum.reduceat(similarity[:, by_source], starts, axis=1)
+        at = np.arange(len(mine))
+        rivals = nearest >= similarity[at, mine][:, None] - 1e-12
+        rivals[at, numbers[mine]] = False
+        ranks.append(1 + rivals.sum(axis=1))
+    return Identification(np.concatenate(ranks), len(names))
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

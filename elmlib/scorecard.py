@@ -1,26 +1,32 @@
 """One table: every system's scores with confidence intervals, and how sure its distance to the adapter is."""
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from elmlib.bertscore import BERTScoreEvaluator
 from elmlib.checkpoint import load_adapter
-from elmlib.controls import TRUE, System, write_all
+from elmlib.controls import TRUE, System, list_systems
 from elmlib.data import load_split
 from elmlib.evaluation import cosine_rows, embed_predictions
 from elmlib.identification import Identification, identify_sources
 from elmlib.model import Sampling, make_adapter
 from elmlib.quality import bertscore_means, quality_metrics
+from elmlib.records import atomic_path
 from elmlib.significance import Interval, bootstrap_interval, permutation_p
+from elmlib.tracking import bars_are_seen
 from elmlib.workbench import prepare
 
 if TYPE_CHECKING:
     import pandas
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +42,13 @@ class SystemScores:
     consistency: np.ndarray
     """(n,) semantic consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one."""
     by_reference: Identification
-    """Nearest reference summary."""
+    """Nearest reference summary among those of the samples."""
     by_source: Identification
-    """Nearest source embedding."""
+    """Nearest source embedding among those of the samples."""
+    by_reference_all: Identification
+    """Nearest reference summary among those of the whole split."""
+    by_source_all: Identification
+    """Nearest source embedding among those of the whole split."""
     quality: dict[str, float]
     p_value: float
     """Of the paired permutation test that F1 equals the adapter's; 1 for the adapter itself."""
@@ -63,19 +73,26 @@ class Scorecard:
 
         return pandas.DataFrame([_row(system) for system in self.systems]).set_index("system")
 
+    def write_csv(self, path: Path) -> None:
+        """`to_frame` as CSV."""
+        with atomic_path(path) as temporary:
+            self.to_frame().to_csv(temporary)
+
     def to_text(self) -> str:
-        """The main columns as an aligned table, chance in the last line."""
-        lines = [f"{'':<28}{'F1 [95%]':>22}{'p':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{'consist.':>10}"]
+        """The main columns as an aligned table, chance in the last line; top-1 of N is among the whole split."""
+        few, every = self.systems[0].by_reference, self.systems[0].by_reference_all
+        top_all = f"top-1 of {every.num_sources}"
+        head = f"{'p':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{top_all:>15}{'consist.':>10}"
+        lines = [f"{'':<28}{'F1 [95%]':>22}{head}"]
         for it in self.systems:
             f1 = bootstrap_interval(it.f1)
             interval = f"{f1.mean:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
             p_value = "" if it.name == TRUE else f"{it.p_value:.4f}"
             ranks = f"{it.by_reference.top_1:>8.2f}{it.by_reference.top_5:>8.2f}{it.by_reference.mrr:>8.2f}"
-            last = f"{it.by_source.top_1:>8.2f}{it.consistency.mean():>10.3f}"
+            last = f"{it.by_source.top_1:>8.2f}{it.by_reference_all.top_1:>15.3f}{it.consistency.mean():>10.3f}"
             lines.append(f"{it.name:<28}{interval:>22}{p_value:>8}{ranks}{last}")
-        chance = self.systems[0].by_reference
-        last = f"{chance.chance:>8.2f}{min(1.0, 5 * chance.chance):>8.2f}{chance.chance_mrr:>8.2f}{chance.chance:>8.2f}"
-        lines.append(f"{f'chance, 1 of {chance.num_sources}':<28}{'':>22}{'':>8}{last}")
+        last = f"{few.chance:>8.2f}{min(1.0, 5 * few.chance):>8.2f}{few.chance_mrr:>8.2f}{few.chance:>8.2f}"
+        lines.append(f"{f'chance, 1 of {few.num_sources}':<28}{'':>22}{'':>8}{last}{every.chance:>15.3f}")
         return "\n".join(lines)
 
 
@@ -84,9 +101,9 @@ def _row(system: SystemScores) -> dict[str, str | float]:
     for name, values in (("bertscore_f1", system.f1), ("semantic_consistency", system.consistency)):
         row |= _columns(name, bootstrap_interval(values))
     row["p_value"] = system.p_value
-    for name, found in (("reference", system.by_reference), ("source", system.by_source)):
+    for name in ("reference", "source", "reference_all", "source_all"):
         for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
-            row[f"{name}_{figure}"] = getattr(found, figure)
+            row[f"{name}_{figure}"] = getattr(getattr(system, f"by_{name}"), figure)
     return row | system.quality
 
 
@@ -95,36 +112,46 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
 
 
 def score_systems(
-    systems: Iterable[System],
+    systems: Sequence[System],
     evaluator: BERTScoreEvaluator,
     embed: Callable[[list[str]], np.ndarray],
     references: Sequence[str],
     embeddings: np.ndarray,
     sources: Sequence[str],
+    rows: Sequence[int],
 ) -> Scorecard:
-    """Score each system's n predictions against `references` (n,) and their source `embeddings` (n, dim).
+    """Let each system write, and score its n predictions against the references of `rows` (n,).
 
-    The first system is the adapter, to which the others are compared. Raises ValueError as `check_pairs` and
-    `identify_sources` do.
+    `references` (m,), source `embeddings` (m, dim) and `sources` (m,) are those of the whole split, so that a summary
+    has to tell its own source from the others' of `rows`, and from all m. The first system is the adapter, to which
+    the others are compared. Raises ValueError as `check_pairs` and `identify_sources` do.
     """
-    reference_vectors = embed_predictions(embed, references, embeddings.shape[1])
+    targets = embed_predictions(embed, references, embeddings.shape[1])
+    chosen, own = [references[row] for row in rows], [sources[row] for row in rows]
     scored: list[SystemScores] = []
-    for system in systems:
-        scores = evaluator.score_pairs(system.predictions, references)
-        vectors = embed_predictions(embed, system.predictions, embeddings.shape[1])
-        scored.append(
-            SystemScores(
-                name=system.name,
-                predictions=tuple(system.predictions),
-                f1=scores.f1,
-                composite=bertscore_means(scores)["bertscore_composite"],
-                consistency=cosine_rows(vectors, embeddings),
-                by_reference=identify_sources(vectors, reference_vectors, sources),
-                by_source=identify_sources(vectors, embeddings, sources),
-                quality=quality_metrics(system.predictions, references),
-                p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
+    with tqdm(systems, desc="report", unit="system", disable=not bars_are_seen()) as bar:
+        for system in bar:
+            bar.set_postfix_str(system.name)
+            if bar.disable:
+                logger.info("report, %d of %d: %s", len(scored) + 1, len(systems), system.name)
+            predictions = system.write()
+            scores = evaluator.score_pairs(predictions, chosen)
+            vectors = embed_predictions(embed, predictions, embeddings.shape[1])
+            scored.append(
+                SystemScores(
+                    name=system.name,
+                    predictions=tuple(predictions),
+                    f1=scores.f1,
+                    composite=bertscore_means(scores)["bertscore_composite"],
+                    consistency=cosine_rows(vectors, embeddings[rows]),
+                    by_reference=identify_sources(vectors, targets[rows], own),
+                    by_source=identify_sources(vectors, embeddings[rows], own),
+                    by_reference_all=identify_sources(vectors, targets, sources, rows),
+                    by_source_all=identify_sources(vectors, embeddings, sources, rows),
+                    quality=quality_metrics(predictions, chosen),
+                    p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
+                )
             )
-        )
     return Scorecard(tuple(scored))
 
 
@@ -133,6 +160,7 @@ def score_checkpoint(
 ) -> Scorecard:
     """Score an adapter file and its controls on a seeded sample of a split; 0 `samples` take the whole split.
 
+    `split_name` is `train`, `val` or `test`; `sampling` adds the best of several candidates to the systems.
     Raises FileNotFoundError and ValueError as loading data and adapter does.
     """
     file = load_adapter(checkpoint)
@@ -146,10 +174,11 @@ def score_checkpoint(
     split = {"train": bench.train, "val": bench.val}.get(split_name) or load_split(config, split_name, fresh.tokenizer)
     rows = split.subset(samples or len(split), config.seed)
     return score_systems(
-        write_all(bench, fresh, split, rows, config, device, sampling),
+        list_systems(bench, fresh, split, rows, config, device, sampling),
         bench.evaluator,
         bench.embed,
-        [split.records[row].target_text for row in rows],
-        split.vectors(rows).numpy(),
-        [str(split.sources[row]) for row in rows],
+        [record.target_text for record in split.records],
+        split.vectors(range(len(split))).numpy(),
+        [str(source) for source in split.sources],
+        rows,
     )

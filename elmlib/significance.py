@@ -1,4 +1,4 @@
-"""How sure a mean and a difference are: bootstrap intervals and the paired permutation test."""
+"""How sure a mean and a difference are, and how far two figures go together."""
 
 from typing import NamedTuple
 
@@ -47,3 +47,10 @@ def permutation_p(first: np.ndarray, second: np.ndarray, seed: int = 0) -> float
         (np.abs(means) >= abs(difference.mean()) - 1e-12).sum()
     )  # rounding must not lose the tie with itself
     return (1 + at_least) / (1 + RESAMPLES)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation of a and b, each (n,), -1 to 1; 0 where either is constant and none is defined."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,6 +1,7 @@
 """Where a run's figures go while it runs: a progress bar, metrics.jsonl, Weights & Biases."""
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol, Self
@@ -53,6 +54,11 @@ class ProgressBar:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def bars_are_seen() -> bool:
+    """Whether standard error is a terminal, or this a notebook; elsewhere plain lines say more than a bar."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class MetricsLog:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -15,7 +15,11 @@ from elmlib.evaluation import SummaryScores, score_summaries, swap_sources
 from elmlib.identification import Identification, identify_sources
 from elmlib.losses import predict
 from elmlib.records import atomic_path
+from elmlib.significance import correlation
 from elmlib.workbench import Workbench
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Validation(NamedTuple):
@@ -44,28 +48,31 @@ class Validation(NamedTuple):
             | {"drift_correlation": correlation(self.training_similarity, self.scores.drift)}
         )
 
-    def write_predictions(self, path: Path, split: Split) -> None:
-        """One JSON line a summary, beside its reference, with its scores."""
-        columns = {
-            "bertscore_f1": self.scores.scores.f1,
+    def lines(self, split: Split) -> list[dict[str, Any]]:
+        """One for each of `predictions`: the summary beside its reference in `split`, with its own scores."""
+        columns = {f"bertscore_{name}": values for name, values in self.scores.scores._asdict().items()} | {
             "drift_similarity": self.scores.drift,
             "training_similarity": self.training_similarity,
             "rank": self.identification.ranks,
         }
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
-                record = split.records[row]
-                line = {"source_id": record.source_id, "embedding_index": record.embedding_index}
-                line |= {"prediction": prediction, "target_text": record.target_text}
-                line |= {name: values[place].item() for name, values in columns.items()}
-                file.write(orjson.dumps(line) + b"\n")
+        found = []
+        for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
+            record = split.records[row]
+            line = {"source_id": record.source_id, "embedding_index": record.embedding_index}
+            line |= {"prediction": prediction, "target_text": record.target_text}
+            found.append(line | {name: values[place].item() for name, values in columns.items()})
+        return found
 
+    def to_frame(self, split: Split) -> "pandas.DataFrame":
+        """`lines`, one row a summary."""
+        import pandas
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of a and b, each (n,), -1 to 1; 0 where either is constant and none is defined."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
+        return pandas.DataFrame(self.lines(split))
+
+    def write_predictions(self, path: Path, split: Split) -> None:
+        """`lines` as JSONL."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in self.lines(split)))
 
 
 def drift_warning(history: Sequence[tuple[float, float]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elmlib import cli
-from elmlib.commands import CorpusConfig, FilterConfig
+from elmlib.ablation_plots import DEFAULTS
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import find_split
 from elmlib.trainer import train
@@ -53,13 +53,13 @@ def test_flags_reach_the_config() -> None:
     )  # fmt: skip
 
 
-def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, config in (("train", SummaryTrainingConfig), ("filter", FilterConfig), ("corpus", CorpusConfig)):
-        with pytest.raises(SystemExit):
-            cli.parse([name, "--help"])
-        text = capsys.readouterr().out
-        for field in config.__dataclass_fields__:
-            assert f"--{field.replace('_', '-')}" in text
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_field_is_a_flag_with_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse([name, "--help"])
+    text = capsys.readouterr().out
+    for field in cli.COMMANDS[name].config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
 
 
 def test_config_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:
@@ -88,6 +88,10 @@ def test_resuming_takes_the_runs_own_settings(tiny_config: SummaryTrainingConfig
             2,
             "top_p is 2.0; expected a number",
         ),
+        (["report", "--checkpoint", "a", "--output", "b.png"], 2, "expected a CSV file"),
+        (["ablate", "--seeds", "0"], 2, "seeds is 0; expected a number from 1"),
+        (["ablate", "--only", "no loss"], 1, "no variant 'no loss'; there are 'defaults', "),
+        (["ablate", "--config", "no.json"], 1, "no.json"),
         (["train", "--data-dir", "no/such/folder"], 1, "no train_synthesis.jsonl: looked at"),
         (["train", "--config", "no.json"], 1, "no.json"),
         (["filter", "--input-dir", "nowhere"], 1, "nowhere/train_synthesis.jsonl does not exist"),
@@ -120,8 +124,27 @@ def test_train_generate_and_evaluate_through_the_command(tiny_config: SummaryTra
     table = _elm("evaluate", "--predictions", output, "--references", test_file, "--output", scores)
     assert "shuffled" in table and "BERTScore settings" in table
     assert {"bertscore_f1", "bertscore_f1_shuffled", "bertscore_composite"} <= json.loads(scores.read_text()).keys()
+    card = tmp_path / "out" / "card.csv"
+    flags = ["--data-dir", tiny_config.summary_data_path, "--samples", "6", "--output", card]
+    table = _elm("report", "--checkpoint", best, *flags)
+    assert "chance, 1 of 6" in table and "top-1 of 24" in table and str(card.with_suffix(".png")) in table
+    assert card.read_text().startswith("system,") and card.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert best.with_name("curves.png").read_bytes().startswith(b"\x89PNG")
     assert find_split(Path(tiny_config.summary_data_path), "test").records.is_file()
+
+
+def test_ablate_prints_the_table_that_it_writes(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, folder = tmp_path / "s.json", tmp_path / "ablation"
+    settings.write_text(tiny_config.to_json())
+    flags = ["--data-dir", tiny_config.summary_data_path, "--output-dir", str(folder), "--config", str(settings)]
+    flags += ["--train-seconds", "0.05", "--seeds", "1", "--eval-samples", "2", "--only", DEFAULTS]
+    cli.main(["ablate", *flags])
+    printed = capsys.readouterr().out
+    assert (folder / "ablation.md").read_text() in printed and f"| {DEFAULTS} | 1 |" in printed
+    assert f"{folder}/ablation.*" in printed
+    assert {path.name for path in folder.glob("ablation.*")} == {"ablation.csv", "ablation.md", "ablation.png"}
 
 
 def _elm(*arguments: object) -> str:

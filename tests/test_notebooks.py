@@ -3,11 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas
 import pytest
 from conftest import sentences
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.plots import draw_curves
+from elmlib.trainer import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +28,16 @@ stages = demo_stages(folder, limit=0, epochs=1, extra=json.loads(sys.argv[3]))
 stages[0].parameters.update(source=sys.argv[2], val_fraction=0.2, test_fraction=0.1)
 run_stages(stages, folder, Path("notebooks"))
 print(report(folder))
+"""
+
+ANALYSIS = """
+import json, sys
+from pathlib import Path
+from elmlib.demo import Stage, run_stages
+
+folder, parameters = Path(sys.argv[1]), json.loads(sys.argv[2])
+stage = Stage("04_analysis", parameters, Path(parameters["run_dir"], "scorecard_val.csv"))
+run_stages([stage], folder, Path("notebooks"))
 """
 
 
@@ -57,3 +73,36 @@ def test_the_demo_runs_reuses_and_goes_on(tiny_llm: Path, tmp_path: Path) -> Non
     (folder / "result.json").unlink()  # as if it had been stopped before the end
     assert "02_train: running on from where it stopped" in demo()
     assert json.loads((folder / "result.json").read_text())["val_nll"] == result["val_nll"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ablated", [False, True])
+def test_the_analysis_shows_every_picture_and_leaves_a_scorecard(
+    ablated: bool, tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    run = train(replace(tiny_config, max_epochs=1)).best.parent
+    ablation, folder = tmp_path / "ablation", tmp_path / "executed"
+    if ablated:
+        metrics = json.loads((run / "result.json").read_text())
+        ablation.mkdir()
+        cells = [{"variant": "defaults", "seed": seed} | metrics for seed in (0, 1)]
+        pandas.DataFrame(cells).to_csv(ablation / "ablation.csv", index=False)
+        draw_curves(run).savefig(ablation / "ablation.png")
+    parameters = {
+        "run_dir": str(run),
+        "data_dir": tiny_config.summary_data_path,
+        "samples": 6,
+        "candidates": 2 * ablated,
+    }
+    command = [sys.executable, "-c", ANALYSIS, folder, json.dumps(parameters | {"ablation_dir": str(ablation)})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    executed = nbformat.read(folder / "04_analysis.ipynb", as_version=4)
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert pictures == 4 + ablated  # curves, scorecard, ranks, similarities
+    assert ("elm ablate" in printed) is not ablated
+    assert "chance, 1 of 6" in printed and "top-1 of 24" in printed and "worst: F1" in printed
+    assert ("best of 2 candidates" in printed) is ablated
+    assert (run / "scorecard_val.png").read_bytes().startswith(b"\x89PNG")

@@ -50,6 +50,7 @@ LAYERS = [
     "scorecard",
     "plots",
     "tables",
+    "report_plots",
     "ablation_plots",
     "ablation",
     "demo",

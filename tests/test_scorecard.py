@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from elmlib.config import SummaryTrainingConfig
-from elmlib.controls import COPY, SHUFFLED, TRUE, first_sentence, nearest_summaries, rerank
+from elmlib.controls import COPY, SHUFFLED, TRUE, System, first_sentence, nearest_summaries, rerank
 from elmlib.identification import identify_sources
 from elmlib.model import Sampling
-from elmlib.quality import quality_metrics
-from elmlib.scorecard import Scorecard, score_checkpoint
+from elmlib.quality import BERTScores, quality_metrics
+from elmlib.scorecard import Scorecard, score_checkpoint, score_systems
 from elmlib.significance import bootstrap_interval, permutation_p
 from elmlib.trainer import train
 from elmlib.workbench import prepare
@@ -21,13 +21,15 @@ from elmlib.workbench import prepare
 CPU = torch.device("cpu")
 
 
-def naive_ranks(summaries: np.ndarray, targets: np.ndarray, sources: list[str]) -> list[int]:
+def naive_ranks(
+    summaries: np.ndarray, targets: np.ndarray, sources: list[str], rows: list[int] | None = None
+) -> list[int]:
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         norms = np.linalg.norm(a) * np.linalg.norm(b)
         return float(a @ b / norms) if norms else 0.0
 
     ranks = []
-    for row, summary in enumerate(summaries):
+    for row, summary in zip(rows or range(len(targets)), summaries, strict=True):
         own = cosine(summary, targets[row])
         better = {s for t, s in zip(targets, sources, strict=True) if s != sources[row] and cosine(summary, t) >= own}
         ranks.append(1 + len(better))
@@ -44,6 +46,39 @@ def test_identification_equals_its_naive_twin() -> None:
     assert found.ranks[3] == found.num_sources == 15
     assert found.top_1 == np.mean(found.ranks == 1) and found.top_5 == np.mean(found.ranks <= 5)
     assert found.mrr == pytest.approx(np.mean([1 / rank for rank in found.ranks]))
+
+
+def test_identification_in_a_larger_pool_equals_its_naive_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elmlib.identification._COMPARED", 4)  # so that there are several chunks and a short last one
+    rng = np.random.default_rng(5)
+    targets = rng.normal(size=(40, 3))
+    targets[7] = targets[8]  # two sources of one text: neither can win
+    sources = [str(number) for number in rng.integers(0, 25, 40)]
+    rows = [39, 0, 8, 7, 3, 3, 20, 11, 12, 30]
+    summaries = targets[rows] + rng.normal(size=(10, 3))
+    summaries[2:4] = targets[8]
+    found = identify_sources(summaries, targets, sources, rows)
+    assert found.ranks.tolist() == naive_ranks(summaries, targets, sources, rows)
+    assert found.num_sources == len(set(sources)) and found.chance == 1 / found.num_sources
+    assert (found.ranks[2:4] > 1).all() or sources[7] == sources[8]
+    few = identify_sources(summaries[[0, 1]], targets[rows[:2]], [sources[row] for row in rows[:2]])
+    assert (few.ranks <= found.ranks[:2]).all()  # more rivals never help
+
+
+def test_rows_of_the_own_source_do_not_compete_in_a_larger_pool() -> None:
+    targets = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    summary = np.array([[1.0, 0.01]])
+    assert identify_sources(summary, targets, list("aabc"), [1]).ranks.tolist() == [1]
+    assert identify_sources(summary, targets, list("abcd"), [1]).ranks.tolist() == [2]
+
+
+def test_the_frame_of_an_identification_has_its_mrr() -> None:
+    rng = np.random.default_rng(6)
+    summaries, targets = rng.normal(size=(2, 12, 4))
+    found = identify_sources(summaries, targets, [str(row) for row in range(12)])
+    frame = found.to_frame()
+    assert frame["rank"].tolist() == found.ranks.tolist()
+    assert frame["reciprocal_rank"].mean() == pytest.approx(found.mrr)
 
 
 def test_identification_of_noise_is_chance_and_of_the_targets_themselves_is_perfect() -> None:
@@ -127,7 +162,60 @@ def test_a_scorecard_holds_every_system_on_the_same_samples(card: Scorecard) -> 
     assert (frame["bertscore_f1_low"] <= frame["bertscore_f1"]).all()
     assert card[TRUE].p_value == 1.0 and 0 < card[COPY].p_value <= 1
     text = card.to_text()
-    assert all(name in text for name in names) and "chance, 1 of 24" in text
+    assert all(name in text for name in names) and "chance, 1 of 24" in text and "top-1 of 24" in text
+    # All of the split was sampled, so that both pools are the same.
+    assert (frame["reference_mrr"] == frame["reference_all_mrr"]).all()
+    assert (frame["source_mrr"] == frame["source_all_mrr"]).all()
+
+
+class ShortCut:
+    """In the place of BERTScore: F1 is whether prediction and reference are the same."""
+
+    def score_pairs(self, predictions: list[str], references: list[str]) -> BERTScores:
+        same = np.array([float(p == r) for p, r in zip(predictions, references, strict=True)])
+        return BERTScores(same, same, same)
+
+
+def test_a_scorecard_ranks_among_the_samples_and_among_the_whole_split() -> None:
+    rng = np.random.default_rng(7)
+    references = [f"text {row}" for row in range(30)]
+    vectors = dict(zip([*references, "noise a", "noise b"], rng.normal(size=(32, 6)), strict=True))
+    sources, rows = [str(row // 2) for row in range(30)], [4, 21, 9, 28, 0]
+    embeddings = np.stack([vectors[text] for text in references]) + rng.normal(size=(30, 6))
+    predictions = [references[4], "noise a", "", "noise b", references[1]]
+    embedded: list[list[str]] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        embedded.append(texts)
+        return np.stack([vectors[text] for text in texts])
+
+    systems = [System("adapter", lambda: predictions), System("copy", lambda: [references[row] for row in rows])]
+    card = score_systems(systems, ShortCut(), embed, references, embeddings, sources, rows)
+    assert embedded[0] == references and len(embedded) == 3  # the split's references once, then each system's own
+    given = np.stack([vectors[text] if text else np.zeros(6) for text in predictions])
+    pool, own = np.stack([vectors[text] for text in references]), [sources[row] for row in rows]
+    found = card["adapter"]
+    for part, targets in (("reference", pool), ("source", embeddings)):
+        few, every = getattr(found, f"by_{part}"), getattr(found, f"by_{part}_all")
+        assert few.ranks.tolist() == naive_ranks(given, targets[rows], own)
+        assert every.ranks.tolist() == naive_ranks(given, targets, sources, rows)
+        assert (few.num_sources, every.num_sources) == (5, 15)
+    assert card["copy"].by_reference_all.top_1 == 1.0
+    assert found.f1.tolist() == [1, 0, 0, 0, 0]
+    frame = card.to_frame()
+    assert frame.loc["adapter", "reference_all_chance"] == pytest.approx(1 / 15)
+    assert frame.loc["adapter", "source_all_top_1"] == found.by_source_all.top_1
+    header, *_, chance = card.to_text().splitlines()
+    assert "top-1 of 15" in header and chance.split()[-1] == "0.067"
+    assert max(map(len, card.to_text().splitlines())) <= 120
+
+
+def test_a_report_without_a_terminal_says_in_plain_lines_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["a b c d e", "f g h i j"]
+    systems = [System(name, lambda: texts) for name in ("first", "second")]
+    with caplog.at_level("INFO", logger="elmlib"):
+        score_systems(systems, ShortCut(), lambda given: np.eye(2)[: len(given)], texts, np.eye(2), ["x", "y"], [0, 1])
+    assert [record.message for record in caplog.records] == ["report, 1 of 2: first", "report, 2 of 2: second"]
 
 
 def test_a_constant_adapter_scores_as_the_mean_embedding(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.plots import Series, curves_info, draw_curves, smooth
-from elmlib.tables import sample_table, score_table
+from elmlib.tables import examples_frame, examples_info, examples_table, sample_table, score_table
 from elmlib.tracking import MetricsLog, Row, read_metrics
 
 
@@ -79,6 +79,48 @@ def test_tables_show_the_control_and_the_difference(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps({"source_id": "a.b", "prediction": "", "target_text": "Open a file."}) + "\n")
     assert sample_table(path) == "a.b\nreference: Open a file.\ngenerated: (empty)"
+
+
+def example(number: int, f1: float) -> dict[str, object]:
+    texts = {"source_id": f"s{number}", "prediction": f"p{number}", "target_text": f"t{number}"}
+    return texts | {"bertscore_f1": f1, "rank": number + 1}
+
+
+@pytest.mark.parametrize(("total", "count", "each"), [(20, 3, 3), (11, 5, 3), (3, 3, 1), (5, 1, 1)])
+def test_examples_are_the_best_the_middle_and_the_worst(tmp_path: Path, total: int, count: int, each: int) -> None:
+    values = np.random.default_rng(total).permutation(total) / total
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(example(number, f1)) + "\n" for number, f1 in enumerate(values)))
+    found = examples_info(path, count)
+    assert [it.group for it in found] == ["best"] * each + ["median"] * each + ["worst"] * each
+    assert len({it.source_id for it in found}) == 3 * each
+    ranked = sorted(values, reverse=True)
+    f1 = [it.f1 for it in found]
+    assert f1[:each] == ranked[:each] and f1[2 * each :] == ranked[-each:]
+    middle = f1[each : 2 * each]
+    assert abs(sum(v > middle[0] for v in values) - sum(v < middle[-1] for v in values)) <= 1
+    for it in found:
+        assert it == (it.group, *(example(int(it.source_id[1:]), it.f1)[name] for name in EXAMPLE_FIELDS))
+    frame = examples_frame(found)
+    assert frame["group"].tolist() == [it.group for it in found] and frame["bertscore_f1"].tolist() == f1
+    table = examples_table(found)
+    assert table.count("reference: t") == table.count("generated: p") == 3 * each
+    assert f"best: F1 {f1[0]:.3f}, rank {found[0].rank}, {found[0].source_id}\n" in table
+
+
+EXAMPLE_FIELDS = ("bertscore_f1", "rank", "source_id", "target_text", "prediction")
+
+
+def test_examples_of_a_file_without_scores_or_too_short_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(example(0, 0.5)) + "\n" + json.dumps({"source_id": "x", "prediction": "y"}) + "\n")
+    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 2 has no 'bertscore_f1'"):
+        examples_info(path)
+    path.write_text((json.dumps(example(0, 0.5)) + "\n") * 2)
+    with pytest.raises(ValueError, match="2 lines; best, median and worst need at least 3"):
+        examples_info(path)
+    with pytest.raises(ValueError, match="count is 0"):
+        examples_info(path, 0)
 
 
 def wandb_records(log: bytes) -> Iterator[bytes]:

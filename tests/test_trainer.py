@@ -301,6 +301,22 @@ def test_the_training_similarity_is_what_the_loss_sees(tiny_config: SummaryTrain
         assert similarity == pytest.approx(alone.drift_similarity.item(), abs=1e-5)
 
 
+def test_the_frame_of_a_validation_is_what_predictions_jsonl_holds(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    bench = prepare(tiny_config, torch.device("cpu"))
+    found = trainer.validate(bench, tiny_config, torch.device("cpu"))
+    frame, path = found.to_frame(bench.val), tmp_path / "predictions.jsonl"
+    found.write_predictions(path, bench.val)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert frame.to_dict("records") == lines
+    assert frame["prediction"].tolist() == found.predictions
+    values = found.values()
+    for name in ("bertscore_precision", "bertscore_recall", "bertscore_f1", "drift_similarity"):
+        assert frame[name].mean() == pytest.approx(values[name], abs=1e-9)
+    assert (1 / frame["rank"]).mean() == pytest.approx(values["identification_mrr"])
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_accumulation(
     tiny_config: SummaryTrainingConfig, tmp_path: Path
