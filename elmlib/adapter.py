@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+START_RMS = 10.0
+"""Size of the warm start before the norm, which hides it from the output: large beside what AdamW adds to the MLP's
+output in its first steps (learning rate times hidden_dim, about 1), which else overwrite the warm start at once."""
+
 
 class EmbeddingAdapter(nn.Module):
     """Embedding -> `num_soft_tokens` vectors at the scale of the LLM's own token embeddings; float32 throughout.
@@ -64,11 +68,14 @@ class EmbeddingAdapter(nn.Module):
         self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a dimension that never varies must not be blown up
 
     @torch.no_grad()
-    def warm_start(self, fit: "LinearMap") -> None:
-        """Start every soft token at `fit`, a map from standardised embeddings to one vector of size llm_dim."""
-        assert fit.weight.shape == (self.llm_dim, self.mean.numel()), fit.weight.shape
-        self.linear.weight.copy_(fit.weight.repeat(self.num_soft_tokens, 1))
-        self.linear.bias.copy_(fit.bias.repeat(self.num_soft_tokens))
+    def warm_start(self, ridge: "Ridge") -> None:
+        """Start every soft token in the direction of `ridge`, which maps standardised embeddings to one vector of size
+        llm_dim; over its training rows they have a root mean square of START_RMS before the norm."""
+        weight, bias = ridge.map
+        assert weight.shape == (self.llm_dim, self.mean.numel()), weight.shape
+        scale = START_RMS / (self.residual_scale * ridge.rms)
+        self.linear.weight.copy_(scale * weight.repeat(self.num_soft_tokens, 1))
+        self.linear.bias.copy_(scale * bias.repeat(self.num_soft_tokens))
 
 
 class LinearMap(NamedTuple):
@@ -106,14 +113,29 @@ class NormalEquations:
         penalty[-1] = 0.0
         return torch.linalg.solve(self.gram + torch.diag(penalty), self.cross)
 
+    def root_mean_square(self, solution: Tensor) -> float:
+        """Of the entries of xW over these rows, from their moments alone."""
+        total = (solution * (self.gram @ solution)).sum() / (self.rows * solution.shape[1])
+        return total.sqrt().item()
+
     def mean_error(self, solution: Tensor) -> float:
         """Mean of |xW - y|^2 over these rows, from their moments alone."""
         error = self.squares - 2 * (solution * self.cross).sum() + (solution * (self.gram @ solution)).sum()
         return error.item() / self.rows
 
 
-def fit_ridge(train: NormalEquations, val: NormalEquations) -> tuple[LinearMap, float]:
-    """The ridge regression on `train` whose strength has the least error on `val`, and that strength.
+class Ridge(NamedTuple):
+    """A ridge regression."""
+
+    map: LinearMap
+    strength: float
+    """Of the penalty."""
+    rms: float
+    """Root mean square of the map's outputs over the training rows."""
+
+
+def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
+    """The ridge regression on `train` whose strength has the least error on `val`.
 
     Strengths are tried from 1e-4 to 30 times the mean second moment of an input, in half decades.
     """
@@ -123,7 +145,8 @@ def fit_ridge(train: NormalEquations, val: NormalEquations) -> tuple[LinearMap, 
     errors = [val.mean_error(solution) for solution in solutions]
     best = errors.index(min(errors))
     weight, bias = solutions[best][:-1].T, solutions[best][-1]
-    return LinearMap(weight.float().contiguous(), bias.float()), strengths[best]
+    found = LinearMap(weight.float().contiguous(), bias.float())
+    return Ridge(found, strengths[best], train.root_mean_square(solutions[best]))
 
 
 def mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from tyro.conf import arg as flag
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DriftHead = Literal["readout", "re_embed"]
+SoftTokenPlace = Literal["answer", "text"]
 
 OFFLINE_LLM = "smollm2-135m-instruct"
 OFFLINE_EMBEDDER = "all-minilm-l6-v2"
@@ -46,6 +47,8 @@ class SummaryTrainingConfig:
     """Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144."""
     num_soft_tokens: int = 4
     """Soft tokens that one embedding becomes, at least 1."""
+    soft_token_place: SoftTokenPlace = "answer"
+    """Where they stand: `answer`, at its beginning, or `text`, in the text's stead, which makes rows longer."""
     dropout_rate: Annotated[float, flag(name="dropout", aliases=("--dropout-rate",))] = 0.1
     """Dropout inside the adapter's MLP, 0 to below 1; the guide searches 0.0 to 0.3."""
     residual_scale: float = 0.1
@@ -185,9 +188,10 @@ class SummaryTrainingConfig:
         require(self, "text_drift_target_similarity", -1, 1)
         require(self, "eval_samples", 2)
         require(self, "eval_nll_samples", 2)
-        for name, choices in (("log_level", get_args(LogLevel)), ("text_drift_head", get_args(DriftHead))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        literals = {"log_level": LogLevel, "text_drift_head": DriftHead, "soft_token_place": SoftTokenPlace}
+        for name, literal in literals.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(literal))}")
         if self.persistent_workers and not self.num_workers:
             raise ValueError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
 

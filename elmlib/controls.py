@@ -135,7 +135,7 @@ def _read(
     text_of = dict(zip(rows, texts, strict=True))
     for chosen in split.bucket(sorted(rows, key=lambda row: len(text_of[row])), _READ_BATCH):
         prompt = split.prompts[chosen[0]]
-        room = config.max_seq_length - len(prompt.prefix) - len(prompt.suffix)
+        room = config.max_seq_length - len(prompt.before) - len(prompt.behind)
         given = [text_of[row] for row in chosen]
         written |= zip(chosen, elm.read(given, prompt, config.max_new_tokens, max(1, room)), strict=True)
     return [written[row] for row in rows]

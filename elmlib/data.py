@@ -160,7 +160,7 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
     kept: list[tuple[Record, list[int]]] = []
     for record, ids in zip(records, encoded, strict=True):
         prompt = prompts[record.input_prompt_template]
-        if len(prompt.prefix) + config.num_soft_tokens + len(prompt.suffix) + len(ids) + 1 <= config.max_seq_length:
+        if len(prompt.before) + config.num_soft_tokens + len(prompt.behind) + len(ids) + 1 <= config.max_seq_length:
             kept.append((record, [*ids, prompt.end_of_turn]))
     if not kept:
         raise ValueError(f"{paths.records}: all {len(records)} rows exceed max_seq_length {config.max_seq_length}")

@@ -48,7 +48,7 @@ def load_elm(checkpoint: Path, device: torch.device) -> LoadedElm:
     llm, tokenizer = load_llm(file.config.llm_model_name, dtype, device)
     adapter = make_adapter(file.config, llm.get_input_embeddings().weight)
     adapter.load_state_dict(file.weights)
-    return LoadedElm(Elm(llm, tokenizer, adapter.to(device).eval()), file)
+    return LoadedElm(Elm(llm, tokenizer, adapter.to(device).eval(), place=file.config.soft_token_place), file)
 
 
 def generate_file(

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elmlib.adapter import EmbeddingAdapter, token_embedding_rms
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import SoftTokenPlace, SummaryTrainingConfig
 from elmlib.data import Batch, PromptBatch
 from elmlib.prompts import PromptIds
 
@@ -53,9 +53,10 @@ class Elm:
         tokenizer: PreTrainedTokenizerBase,
         adapter: EmbeddingAdapter,
         use_gradient_checkpointing: bool = False,
+        place: SoftTokenPlace = "answer",
     ):
         assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
-        self.llm, self.tokenizer, self.adapter = llm, tokenizer, adapter
+        self.llm, self.tokenizer, self.adapter, self.place = llm, tokenizer, adapter, place
         self.table: Tensor = llm.get_input_embeddings().weight
         # generate() fills what it is not told from the model's own habits, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
@@ -107,7 +108,8 @@ class Elm:
             # All but the last position is read here, without logits: generate() would copy the output layer's weight
             # for every row. It wants embeddings and mask of full length and skips what the cache holds.
             self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
-            embeds = torch.cat([self._prefix(batch.prompt).embeds.expand(len(embeds), -1, -1), embeds], dim=1)
+            before = self._prefix(batch.prompt.around(self.place)[0]).embeds
+            embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], dim=1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         with torch.random.fork_rng(devices=[embeds.device] if embeds.is_cuda else []):
             torch.manual_seed(sampling.seed)
@@ -128,7 +130,7 @@ class Elm:
         """
         self.llm.eval()
         cut = [ids[:max_text_tokens] for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
-        rows = [torch.tensor([*prompt.prefix, *ids, *prompt.suffix]) for ids in cut]
+        rows = [torch.tensor([*prompt.before, *ids, *prompt.behind]) for ids in cut]
         pad = self.tokenizer.eos_token_id
         # Left padding, so that every row's answer begins at the same place.
         given = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self.table.device)
@@ -148,15 +150,15 @@ class Elm:
         """
         self.llm.eval()
         given = [
-            torch.tensor([*text, *prompt.suffix, *answer[:-1]]) for text, answer in zip(texts, answers, strict=True)
+            torch.tensor([*text, *prompt.behind, *answer[:-1]]) for text, answer in zip(texts, answers, strict=True)
         ]
         ids = pad_sequence(given, batch_first=True, padding_value=self.tokenizer.eos_token_id).to(self.table.device)
-        cache = copy.deepcopy(self._prefix(prompt).cache) if self._share_prefix else None
+        cache = copy.deepcopy(self._prefix(prompt.before).cache) if self._share_prefix else None
         if cache is not None:
             cache.batch_repeat_interleave(len(ids))
             output = self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         else:
-            prefix = torch.tensor(prompt.prefix, device=ids.device).expand(len(ids), -1)
+            prefix = torch.tensor(prompt.before, device=ids.device).expand(len(ids), -1)
             output = self.llm.base_model(input_ids=torch.cat([prefix, ids], dim=1), use_cache=False)
         hidden = output.last_hidden_state[:, -ids.shape[1] :]  # right padding hides behind causality
         rows = zip(hidden, given, answers, strict=True)
@@ -180,15 +182,17 @@ class Elm:
         return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def _place(self, prompt: PromptIds, soft: Tensor, answer: Tensor | None) -> tuple[Tensor, DynamicCache | None]:
-        """Put soft tokens into the prompt: [prefix] [soft tokens] [suffix] [answer].
+        """Put soft tokens where `place` says: [prefix] [soft tokens] [what stands between] [answer].
 
         With a shared prefix, that part comes as a cache of keys and values, and the embeddings hold the rest only.
         soft (batch, k, llm_dim); answer (batch, length, llm_dim) or None; returns (batch, length, llm_dim) and cache.
         """
         batch = len(soft)
-        suffix = self._embed(torch.tensor([prompt.suffix], device=soft.device)).expand(batch, -1, -1)
-        parts = [soft.to(suffix.dtype), suffix] + ([] if answer is None else [answer])
-        prefix = self._prefix(prompt)
+        before, between = prompt.around(self.place)
+        ids = torch.tensor([between], dtype=torch.long, device=soft.device)
+        parts = [soft.to(self.table.dtype), self._embed(ids).expand(batch, -1, -1)]
+        parts += [] if answer is None else [answer]
+        prefix = self._prefix(before)
         if not self._share_prefix:
             return torch.cat([prefix.embeds.expand(batch, -1, -1), *parts], dim=1), None
         cache = copy.deepcopy(prefix.cache)  # a forward pass appends to the cache that it is given
@@ -196,10 +200,10 @@ class Elm:
         return torch.cat(parts, dim=1), cache
 
     @torch.no_grad()
-    def _prefix(self, prompt: PromptIds) -> Prefix:
-        key = tuple(prompt.prefix)
+    def _prefix(self, before: list[int]) -> Prefix:
+        key = tuple(before)
         if key not in self._prefixes:
-            ids = torch.tensor([prompt.prefix], device=self.table.device)
+            ids = torch.tensor([before], device=self.table.device)
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
                 self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from elmlib.config import SoftTokenPlace
+
 IGNORE_INDEX = -100
 """Label of a position that no loss looks at (PyTorch's own default in cross-entropy)."""
 
@@ -24,12 +26,20 @@ _MARK = "\u241eslot\u241e"
 class PromptIds(NamedTuple):
     """A chat prompt as token ids, cut at the slot."""
 
-    prefix: list[int]
-    """All that stands before the text; the same for every row, so its keys and values are computed once."""
-    suffix: list[int]
+    before: list[int]
+    """All that stands before the text."""
+    behind: list[int]
     """From the text to where the answer begins."""
     end_of_turn: int
     """The token that ends the answer."""
+
+    def around(self, place: SoftTokenPlace) -> tuple[list[int], list[int]]:
+        """What stands before soft tokens, the same for every row and so computed once, and between them and the answer.
+
+        At the beginning of the answer nothing stands between: a row is a third shorter than with soft tokens in the
+        text's stead, whose slot is then left empty.
+        """
+        return (self.before + self.behind, []) if place == "answer" else (self.before, self.behind)
 
 
 def check_template(template: str) -> None:

@@ -13,6 +13,7 @@ from elmlib.adapter import (
     EmbeddingAdapter,
     LinearMap,
     NormalEquations,
+    Ridge,
     fit_ridge,
     mean_and_std,
     mean_token_embedding,
@@ -41,9 +42,9 @@ class Fits:
     std: Tensor
     idf: Tensor
     """(vocab,) inverse document frequency over the training answers."""
-    to_tokens: LinearMap
+    to_tokens: Ridge
     """Standardised embedding -> idf-weighted mean token embedding of the target: the adapter's warm start."""
-    to_embedding: LinearMap
+    to_embedding: Ridge
     """Mean token embedding -> embedding: the drift read-out."""
 
 
@@ -87,7 +88,7 @@ class Workbench:
         if config.text_drift_head == "re_embed":
             drift: DriftHead = ReEmbed(self.embedder, self.elm.tokenizer)
         else:
-            drift = DriftReadout(table, self.fits.idf, self.fits.to_embedding)
+            drift = DriftReadout(table, self.fits.idf, self.fits.to_embedding.map)
         teacher = load_teacher(self.elm, self.train, config) if config.use_teacher_kl else None
         return replace(self.with_adapter(adapter), drift=drift, teacher=teacher)
 
@@ -112,11 +113,11 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
     embedder = load_embedder(config.embedding_model_name, device)
     references = [train.records[row].target_text for row in train.subset(1000, config.eval_seed)]
     bench = Workbench(
-        elm=Elm(llm, tokenizer, adapter, config.use_gradient_checkpointing),
+        elm=Elm(llm, tokenizer, adapter, config.use_gradient_checkpointing, config.soft_token_place),
         train=train,
         val=val,
         fits=fits,
-        drift=DriftReadout(table, fits.idf, fits.to_embedding),
+        drift=DriftReadout(table, fits.idf, fits.to_embedding.map),
         teacher=None,
         evaluator=create_evaluator(config, references),
         embedder=embedder,
@@ -141,12 +142,12 @@ def fit(train: Split, val: Split, table: Tensor, adapter: EmbeddingAdapter) -> F
         )
         return NormalEquations((x, y) if forward else (y, e) for x, y, e in pairs)
 
-    maps = []
+    fits = []
     for name, forward in (("warm start", True), ("drift read-out", False)):
-        found, strength = fit_ridge(moments(train, forward), moments(val, forward))
-        logger.info("%s: ridge strength %.3g", name, strength)
-        maps.append(LinearMap(*(x.to(device) for x in found)))
-    return Fits(adapter.mean, adapter.std, idf, *maps)
+        found = fit_ridge(moments(train, forward), moments(val, forward))
+        logger.info("%s: ridge strength %.3g", name, found.strength)
+        fits.append(found._replace(map=LinearMap(*(x.to(device) for x in found.map))))
+    return Fits(adapter.mean, adapter.std, idf, *fits)
 
 
 def _rows(split: Split, device: torch.device, chunk: int = 256) -> Iterator[Batch]:

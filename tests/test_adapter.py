@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from elmlib.adapter import (
+    START_RMS,
     EmbeddingAdapter,
     LinearMap,
     NormalEquations,
+    Ridge,
     fit_ridge,
     mean_and_std,
     mean_token_embedding,
@@ -118,16 +120,30 @@ def test_the_warm_start_puts_every_soft_token_at_the_fitted_map():
     adapter, x = make(rms=0.2), normal(5, DIM, seed=4)
     adapter.standardise(normal(DIM, seed=5), normal(DIM, seed=6).abs() + 0.5)
     fit = LinearMap(normal(LLM_DIM, DIM, seed=7), normal(LLM_DIM, seed=8))
-    adapter.warm_start(fit)
+    adapter.warm_start(Ridge(fit, strength=1.0, rms=3.0))
     goal = fit(adapter.standardised(x))
     expected = 0.2 * goal / goal.square().mean(-1, keepdim=True).sqrt()
     for token in range(TOKENS):
         torch.testing.assert_close(adapter(x)[:, token], expected)
 
 
+def test_the_first_steps_refine_the_warm_start_and_do_not_replace_it():
+    adapter, x = make(), normal(200, DIM, seed=4)
+    y = x @ normal(DIM, LLM_DIM, seed=7) + normal(200, LLM_DIM, seed=9)
+    ridge = fit_ridge(NormalEquations([(x, y)]), NormalEquations([(x, y)]))
+    adapter.warm_start(ridge)
+    size = (adapter.residual_scale * adapter.linear(x)).square().mean().sqrt().item()
+    assert size == pytest.approx(START_RMS, rel=1e-4)
+    start = adapter(x)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-3)
+    (adapter(x) * normal(200, TOKENS, LLM_DIM, seed=3)).sum().backward()
+    optimizer.step()
+    assert F.cosine_similarity(start, adapter(x), dim=-1).min() > 0.9
+
+
 def test_a_warm_start_of_the_wrong_size_is_refused():
     with pytest.raises(AssertionError):
-        make().warm_start(LinearMap(torch.zeros(LLM_DIM + 1, DIM), torch.zeros(LLM_DIM + 1)))
+        make().warm_start(Ridge(LinearMap(torch.zeros(LLM_DIM + 1, DIM), torch.zeros(LLM_DIM + 1)), 1.0, 1.0))
 
 
 def test_one_soft_token_of_equal_size_starts_as_the_identity():
@@ -196,7 +212,7 @@ def test_the_error_from_moments_is_the_error_over_rows():
 @pytest.mark.parametrize("noise", [0.0, 3.0, 100.0])
 def test_the_strength_with_the_least_validation_error_is_chosen(noise):
     train, val = noisy_rows(12, noise, seed=1), noisy_rows(30, noise, seed=20)
-    fit, strength = fit_ridge(NormalEquations([train]), NormalEquations([val]))
+    fit, strength, rms = fit_ridge(NormalEquations([train]), NormalEquations([val]))
     scale = train[0].double().square().sum(0).mean().item()
     strengths = [scale * factor * 10**exponent for exponent in range(-4, 2) for factor in (1, math.sqrt(10))]
     errors = [error_over_rows(*(t.double() for t in val), *textbook_ridge(*train, s)) for s in strengths]
@@ -205,11 +221,12 @@ def test_the_strength_with_the_least_validation_error_is_chosen(noise):
     torch.testing.assert_close(fit.weight, slope.T.float())
     torch.testing.assert_close(fit.bias, bias.float())
     assert fit.weight.dtype == fit.bias.dtype == torch.float32
+    assert rms == pytest.approx(fit(train[0]).square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_noise_is_shrunk_more_than_signal():
     def chosen(noise):
-        return fit_ridge(*(NormalEquations([noisy_rows(12, noise, seed=seed)]) for seed in (1, 20)))[1]
+        return fit_ridge(*(NormalEquations([noisy_rows(12, noise, seed=seed)]) for seed in (1, 20))).strength
 
     assert chosen(0.0) < chosen(100.0)
 

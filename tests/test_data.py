@@ -121,7 +121,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tokenizer, tmp_path):
     records = [record(i, target) for i, target in enumerate(("a b", "a b c d e f g h", "a b c", "a"))]
     config = write(tmp_path, records)
     prompt = prompt_ids(tokenizer, SUMMARY)
-    sizes = [len(prompt.prefix) + 2 + len(prompt.suffix) + len(tokenizer(r.target_text).input_ids) + 1 for r in records]
+    sizes = [len(prompt.before) + 2 + len(prompt.behind) + len(tokenizer(r.target_text).input_ids) + 1 for r in records]
     for limit, kept in ((sizes[1], [0, 1, 2, 3]), (sizes[1] - 1, [0, 2, 3]), (sizes[0], [0, 3])):
         split = load_split(dataclasses.replace(config, max_seq_length=limit), "train", tokenizer)
         assert split.records == [records[row] for row in kept]

@@ -35,12 +35,12 @@ def batch(split):
     return split.collate(ROWS)
 
 
-@pytest.fixture
-def elm(tiny_config):
-    return make_elm(tiny_config)
+@pytest.fixture(params=["answer", "text"])
+def elm(tiny_config, request):
+    return make_elm(tiny_config, place=request.param)
 
 
-def make_elm(config, checkpointing=False):
+def make_elm(config, checkpointing=False, place="answer"):
     """An adapter as training might leave it (no weight at zero), in eval mode, on the LLM in float32."""
     llm, tokenizer = load_llm(config.llm_model_name, torch.float32, "cpu")
     with torch.no_grad():
@@ -48,7 +48,7 @@ def make_elm(config, checkpointing=False):
         # token that this LLM says after more or fewer others.
         table = llm.get_input_embeddings().weight
         table[tokenizer.eos_token_id] = 1.1 * table[OFTEN_SAID]
-    return Elm(llm, tokenizer, trained_adapter(config, llm, seed=0), checkpointing)
+    return Elm(llm, tokenizer, trained_adapter(config, llm, seed=0), checkpointing, place)
 
 
 def trained_adapter(config, llm, seed):
@@ -61,11 +61,11 @@ def trained_adapter(config, llm, seed):
 
 
 def naive_prompt(elm, soft):
-    """Embeddings of the whole chat with one row's soft tokens in the text's place, (1, length, llm_dim)."""
+    """Embeddings of the whole chat with one row's soft tokens in their place, (1, length, llm_dim)."""
     chat = [{"role": "user", "content": TEMPLATE}]
     text = elm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     before, after = (elm.table[elm.tokenizer(piece).input_ids] for piece in text.split(SLOT))
-    return torch.cat([before, soft, after])[None]
+    return torch.cat([before, after, soft] if elm.place == "answer" else [before, soft, after])[None]
 
 
 def naive_logits(elm, soft, answer):
@@ -104,9 +104,10 @@ def gradients(elm, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in elm.adapter.named_parameters()}
 
 
+@pytest.mark.parametrize("place", ["answer", "text"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_shared_prompt_equals_a_whole_reading(tiny_config, batch, checkpointing):
-    elm = make_elm(tiny_config, checkpointing)
+def test_the_shared_prompt_equals_a_whole_reading(tiny_config, batch, checkpointing, place):
+    elm = make_elm(tiny_config, checkpointing, place)
     with torch.no_grad():
         soft, logits = elm(batch).soft_tokens, logits_of(elm, batch)
         assert soft.shape == (len(ROWS), tiny_config.num_soft_tokens, 32)
@@ -158,13 +159,13 @@ def test_with_gradient_checkpointing_no_gradient_piles_up_in_the_prompt(tiny_con
     """transformers makes every embedding that it looks up ask for a gradient, which kept ones would add up."""
     elm = make_elm(tiny_config, checkpointing=True)
     gradients(elm, batch)
-    kept = elm._prefix(batch.prompt).embeds
+    kept = elm._prefix(batch.prompt.around(elm.place)[0]).embeds
     assert not kept.requires_grad
     assert kept.grad is None
 
 
 def test_with_gradient_checkpointing_generation_is_the_same(tiny_config, elm, split):
-    checkpointed = make_elm(tiny_config, checkpointing=True)
+    checkpointed = make_elm(tiny_config, checkpointing=True, place=elm.place)
     gradients(checkpointed, split.collate(ROWS))  # leaves the LLM in train mode
     checkpointed.adapter.eval()
     prompts = split.collate_prompts(ROWS)
@@ -232,7 +233,7 @@ def test_generation_is_greedy_whatever_the_llms_own_habits(elm, split, habit):
     texts = elm.generate(prompts, 10)
     elm.llm.generation_config.update(**habit)
     torch.manual_seed(0)
-    assert Elm(elm.llm, elm.tokenizer, elm.adapter).generate(prompts, 10) == texts
+    assert Elm(elm.llm, elm.tokenizer, elm.adapter, place=elm.place).generate(prompts, 10) == texts
 
 
 def test_training_reaches_the_adapter_and_leaves_the_llm_alone(elm, batch):
@@ -254,16 +255,17 @@ def test_the_cached_prompt_is_not_changed_by_use(elm, split, batch):
     prompts = split.collate_prompts(ROWS[:2])
     with torch.no_grad():
         logits, texts = logits_of(elm, batch), elm.generate(prompts, 5)
-        cached = elm._prefix(batch.prompt).cache
-        before = copy.deepcopy(cached)
+        before = batch.prompt.around(elm.place)[0]
+        cached = elm._prefix(before).cache
+        twin = copy.deepcopy(cached)
         for _ in range(2):
             assert elm.generate(prompts, 5) == texts
             assert torch.equal(logits_of(elm, batch), logits)
-    assert elm._prefix(batch.prompt).cache is cached
-    assert cached.get_seq_length() == len(batch.prompt.prefix)
-    for layer, twin in zip(cached.layers, before.layers, strict=True):
-        assert torch.equal(layer.keys, twin.keys)
-        assert torch.equal(layer.values, twin.values)
+    assert elm._prefix(before).cache is cached
+    assert cached.get_seq_length() == len(before)
+    for layer, other in zip(cached.layers, twin.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values)
 
 
 def test_each_prompt_has_its_own_prefix(elm, batch):
@@ -297,15 +299,15 @@ def test_make_adapter_follows_the_config_and_its_seed(tiny_config, elm):
 
 
 @pytest.mark.parametrize("task", TASK_TEMPLATES)
-def test_prefix_text_and_suffix_are_the_rendered_chat(tokenizer, task):
+def test_the_pieces_around_a_text_are_the_rendered_chat(tokenizer, task):
     prompt = prompt_ids(tokenizer, TASK_TEMPLATES[task])
     text = "The parser reads the file."
     chat = [{"role": "user", "content": TASK_TEMPLATES[task].replace(SLOT, text)}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(prompt.prefix) + text + tokenizer.decode(prompt.suffix) == rendered
+    assert tokenizer.decode(prompt.before) + text + tokenizer.decode(prompt.behind) == rendered
     before, after = rendered.split(text)
-    assert prompt.prefix == tokenizer(before).input_ids
-    assert prompt.suffix == tokenizer(after).input_ids
+    assert prompt.before == tokenizer(before).input_ids
+    assert prompt.behind == tokenizer(after).input_ids
 
 
 def test_the_end_of_turn_is_what_follows_the_assistants_words(tokenizer):

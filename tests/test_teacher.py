@@ -1,5 +1,6 @@
 """The teacher says what the LLM predicts when it reads the text, and says it once."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,7 @@ def naive_log_probs(elm: Elm, split: Split, row: int, text_tokens: int) -> torch
     """The whole prompt with the text in it, no cache, no batch, all logits: (answer tokens, vocab)."""
     text = elm.tokenizer(split.records[row].source_text, add_special_tokens=False).input_ids[:text_tokens]
     prompt, answer = split.prompts[row], split.answers[row]
-    ids = torch.tensor([[*prompt.prefix, *text, *prompt.suffix, *answer]])
+    ids = torch.tensor([[*prompt.before, *text, *prompt.behind, *answer]])
     with torch.no_grad():
         logits = elm.llm(input_ids=ids, use_cache=False).logits[0]
     return logits[-len(answer) - 1 : -1].log_softmax(-1)
@@ -105,15 +106,16 @@ def test_a_record_without_its_text_is_named(bench: Workbench, tiny_config) -> No
         load_teacher(bench.elm, replace(bench.train, records=records), tiny_config)
 
 
-def test_soft_tokens_that_are_the_text_have_no_divergence(bench: Workbench, tiny_config) -> None:
+def test_soft_tokens_that_are_the_text_have_no_divergence(bench: Workbench) -> None:
     """The loss's zero: an adapter that said exactly the text's own token embeddings would have nothing to learn."""
-    split, elm = bench.train, bench.elm
+    split, elm = bench.train, copy.copy(bench.elm)
+    elm.place = "text"
     row = 7
     text = elm.tokenizer(split.records[row].source_text, add_special_tokens=False).input_ids
     speak = torch.nn.Module()
     speak.forward = lambda embeddings: elm.table[torch.tensor([text])]
     batch = split.collate([row])
-    lesson = load_teacher(elm, split, tiny_config)([row], CPU)
+    lesson = load_teacher(elm, split, SummaryTrainingConfig())([row], CPU)
     found = predict(elm.with_adapter(speak)(batch).hidden, elm.head, batch.labels, 1, lesson.ids)
     same = teacher_kl(lesson.log_probs, found.asked_log_probs)
     torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-5)
