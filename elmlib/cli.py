@@ -231,7 +231,7 @@ def _overview() -> str:
 
 
 def _sampling(config: GenerateConfig | ReportConfig) -> Any:
-    from elmlib.model import Sampling
+    from elmlib.decoding import Sampling
 
     return Sampling(config.candidates, config.temperature, config.top_p) if config.candidates else None
 

@@ -10,9 +10,10 @@ import torch
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import PromptBatch, Split
+from elmlib.decoding import Sampling
 from elmlib.evaluation import swap_sources
 from elmlib.identification import unit_rows
-from elmlib.model import Elm, Sampling
+from elmlib.model import Elm
 from elmlib.workbench import Workbench
 
 TRUE, SHUFFLED, COPY = "true embeddings", "shuffled embeddings", "nearest training neighbour"

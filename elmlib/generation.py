@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from elmlib.checkpoint import AdapterFile, load_adapter
 from elmlib.controls import rerank
 from elmlib.data import PromptBatch
+from elmlib.decoding import Sampling
 from elmlib.layout import find_embeddings, find_records
-from elmlib.model import Elm, Sampling, make_adapter
+from elmlib.model import Elm, make_adapter
 from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
 from elmlib.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.records import EmbeddingFile, parse_line, read_lines, read_records, write_json

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from elmlib.adapter import EmbeddingAdapter, token_embedding_rms
 from elmlib.config import SoftTokenPlace, SummaryTrainingConfig
 from elmlib.data import Batch, PromptBatch
+from elmlib.decoding import Nucleus, Sampling
 from elmlib.prompts import PromptIds
 
 
@@ -23,17 +24,6 @@ class Reading(NamedTuple):
     """(batch, num_soft_tokens, llm_dim) float32."""
     hidden: Tensor
     """(batch, answer length, llm_dim) last hidden states, in the LLM's dtype; position t predicts label t."""
-
-
-class Sampling(NamedTuple):
-    """How candidates are drawn."""
-
-    count: int = 8
-    """Candidates per embedding."""
-    temperature: float = 0.7
-    """0 decodes greedily."""
-    top_p: float = 0.95
-    seed: int = 0
 
 
 class Prefix(NamedTuple):
@@ -117,7 +107,8 @@ class Elm:
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 past_key_values=cache,
-                generation_config=self._decoding(batch.prompt, max_new_tokens, sampling),
+                generation_config=self._decoding(batch.prompt, max_new_tokens, bool(sampling.temperature)),
+                logits_processor=[Nucleus(sampling)] if sampling.temperature else [],
             )
         texts = self._texts(batch.prompt, ids)
         return [texts[start : start + sampling.count] for start in range(0, len(texts), sampling.count)]
@@ -138,7 +129,7 @@ class Elm:
         ids = self.llm.generate(
             input_ids=given,
             attention_mask=mask.to(given.device),
-            generation_config=self._decoding(prompt, max_new_tokens, Sampling(count=1, temperature=0.0)),
+            generation_config=self._decoding(prompt, max_new_tokens, do_sample=False),
         )
         return self._texts(prompt, ids[:, given.shape[1] :])
 
@@ -164,13 +155,13 @@ class Elm:
         rows = zip(hidden, given, answers, strict=True)
         return torch.cat([row[len(tokens) - len(answer) : len(tokens)] for row, tokens, answer in rows])
 
-    def _decoding(self, prompt: PromptIds, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    def _decoding(self, prompt: PromptIds, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self._ends(prompt),
             pad_token_id=self.tokenizer.eos_token_id,
-            **(drawn if sampling.temperature else {"do_sample": False}),
+            do_sample=do_sample,
+            **({"top_k": 0} if do_sample else {}),  # the default keeps 50
         )
 
     def _ends(self, prompt: PromptIds) -> list[int]:

@@ -13,9 +13,10 @@ from elmlib.bertscore import BERTScoreEvaluator
 from elmlib.checkpoint import load_adapter
 from elmlib.controls import TRUE, System, list_systems
 from elmlib.data import load_split
+from elmlib.decoding import Sampling
 from elmlib.evaluation import cosine_rows, embed_predictions
 from elmlib.identification import Identification, identify_sources
-from elmlib.model import Sampling, make_adapter
+from elmlib.model import make_adapter
 from elmlib.quality import bertscore_means, quality_metrics
 from elmlib.records import atomic_path
 from elmlib.significance import Interval, bootstrap_interval, permutation_p

@@ -10,9 +10,9 @@ import torch
 
 from elmlib import generation
 from elmlib.config import SummaryTrainingConfig
+from elmlib.decoding import Sampling
 from elmlib.generation import generate_file, load_elm, read_pairs
 from elmlib.layout import find_split
-from elmlib.model import Sampling
 from elmlib.records import EmbeddingFile, write_embeddings
 from elmlib.trainer import train
 

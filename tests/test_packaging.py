@@ -28,6 +28,7 @@ LAYERS = [
     "filtering",
     "pretrained",
     "data",
+    "decoding",
     "adapter",
     "model",
     "losses",

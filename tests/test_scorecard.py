@@ -10,8 +10,8 @@ import torch
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.controls import COPY, SHUFFLED, TRUE, System, first_sentence, nearest_summaries, rerank
+from elmlib.decoding import Sampling
 from elmlib.identification import identify_sources
-from elmlib.model import Sampling
 from elmlib.quality import BERTScores, quality_metrics
 from elmlib.scorecard import Scorecard, score_checkpoint, score_systems
 from elmlib.significance import bootstrap_interval, permutation_p
