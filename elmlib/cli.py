@@ -115,7 +115,7 @@ def demo(config: DemoConfig) -> None:
     """Run notebooks 00 to 02 through papermill, from docstrings to summaries written from their vectors."""
     from elmlib.demo import demo_stages, report, run_stages
 
-    run_stages(demo_stages(config.output_dir, config.limit, config.epochs), config.output_dir, Path("notebooks"))
+    run_stages(demo_stages(config), config.output_dir, Path("notebooks"))
     print(f"\n{report(config.output_dir)}")
 
 

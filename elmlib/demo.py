@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from elmlib.commands import DemoConfig
 from elmlib.records import write_json
 from elmlib.tables import sample_table, score_table
 
@@ -73,13 +74,13 @@ def _library_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def demo_stages(folder: Path, limit: int, epochs: int, extra: dict[str, Value] | None = None) -> list[Stage]:
+def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> list[Stage]:
     """Corpus, filter and training of the demo; `extra` are further parameters of the training notebook."""
-    data = folder / "data"
+    folder, data = config.output_dir, config.output_dir / "data"
     corpus: dict[str, Value] = {
         "output_dir": f"{data}/synthesis",
         "output_embeddings_dir": f"{data}/embeddings",
-        "limit": limit,
+        "limit": config.limit,
         "val_fraction": 0.05,
         "test_fraction": 0.05,
         "embedding_batch_size": 8,
@@ -93,8 +94,8 @@ def demo_stages(folder: Path, limit: int, epochs: int, extra: dict[str, Value] |
     train: dict[str, Value] = {
         "data_dir": f"{data}/summary_filtered",
         "checkpoint_dir": str(folder),
-        "epochs": epochs,
-        "eval_interval": 80,
+        "epochs": config.epochs,
+        "eval_interval": config.eval_interval,
         "resume_from": "",
     }
     return [

@@ -21,10 +21,11 @@ ROOT = Path(__file__).parent.parent
 DEMO = """
 import json, sys
 from pathlib import Path
+from elmlib.commands import DemoConfig
 from elmlib.demo import demo_stages, report, run_stages
 
 folder = Path(sys.argv[1])
-stages = demo_stages(folder, limit=0, epochs=1, extra=json.loads(sys.argv[3]))
+stages = demo_stages(DemoConfig(folder, limit=0), extra=json.loads(sys.argv[3]))
 stages[0].parameters.update(source=sys.argv[2], val_fraction=0.2, test_fraction=0.1)
 run_stages(stages, folder, Path("notebooks"))
 print(report(folder))
@@ -64,7 +65,8 @@ def test_the_demo_runs_reuses_and_goes_on(tiny_llm: Path, tmp_path: Path) -> Non
         "drift_similarity", "drift_similarity_shuffled", "train_seconds", "num_parameters_trained",
     } <= result.keys()  # fmt: skip
     executed = nbformat.read(folder / "02_train.ipynb", as_version=4)
-    assert any(cell.get("outputs") for cell in executed.cells)
+    shown = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in data for data in shown) == 1
 
     written = (folder / "result.json").stat().st_mtime_ns
     assert demo().count("finished and unchanged") == 3
