@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PRE_ACTIVATION_RMS = 1.7
+"""Size of the MLP's random features. At torch's default, 0.6, a GELU is nearly linear, and the MLP has little to say
+that the linear path does not."""
+
 START_RMS = 10.0
 """Size of the warm start before the norm, which hides it from the output: large beside what AdamW adds to the MLP's
 output in its first steps (learning rate times hidden_dim, about 1), which else overwrite the warm start at once."""
@@ -43,6 +47,8 @@ class EmbeddingAdapter(nn.Module):
         self.down = nn.Linear(hidden_dim, num_soft_tokens * llm_dim)
         self.dropout = nn.Dropout(dropout_rate)
         self.norm = nn.RMSNorm(llm_dim, eps=1e-8)
+        # Standardised embeddings then give pre-activations of RMS PRE_ACTIVATION_RMS.
+        nn.init.normal_(self.up.weight, std=PRE_ACTIVATION_RMS / math.sqrt(embedding_dim))
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         nn.init.constant_(self.norm.weight, token_rms)

@@ -45,7 +45,7 @@ class SummaryTrainingConfig:
     """Size of one embedding: 384 for all-MiniLM-L6-v2, 2560 for Qwen3-Embedding-4B."""
     hidden_dim: int = 2048
     """Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144."""
-    num_soft_tokens: int = 4
+    num_soft_tokens: int = 8
     """Soft tokens that one embedding becomes, at least 1."""
     soft_token_place: SoftTokenPlace = "answer"
     """Where they stand: `answer`, at its beginning, or `text`, in the text's stead, which makes rows longer."""
@@ -66,9 +66,9 @@ class SummaryTrainingConfig:
     """Passes before the summary stage in which the target is the text's own beginning; needs source_text."""
     pretrain_tokens: int = 32
     """Tokens of that beginning, at least 1."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows per forward pass; the guide searches 4, 8, 16."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step; the guide searches 2, 4, 8."""

@@ -97,7 +97,8 @@ class Elm:
         if cache is not None:
             # All but the last position is read here, without logits: generate() would copy the output layer's weight
             # for every row. It wants embeddings and mask of full length and skips what the cache holds.
-            self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
+            if embeds.shape[1] > 1:  # a lone soft token at the beginning of the answer is the last position itself
+                self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
             before = self._prefix(batch.prompt.around(self.place)[0]).embeds
             embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], dim=1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from elmlib.adapter import (
+    PRE_ACTIVATION_RMS,
     START_RMS,
     EmbeddingAdapter,
     LinearMap,
@@ -125,6 +126,11 @@ def test_the_warm_start_puts_every_soft_token_at_the_fitted_map():
     expected = 0.2 * goal / goal.square().mean(-1, keepdim=True).sqrt()
     for token in range(TOKENS):
         torch.testing.assert_close(adapter(x)[:, token], expected)
+
+
+def test_the_mlp_starts_beyond_the_linear_part_of_its_activation():
+    adapter = EmbeddingAdapter(64, LLM_DIM, TOKENS, 512, dropout_rate=0.0, residual_scale=0.1)
+    assert adapter.up(normal(100, 64)).std().item() == pytest.approx(PRE_ACTIVATION_RMS, rel=0.05)
 
 
 def test_the_first_steps_refine_the_warm_start_and_do_not_replace_it():
