@@ -210,7 +210,9 @@ def test_generate_equals_reading_everything_again_at_each_step(elm, split):
 def test_a_lone_soft_token_generates_as_reading_everything_again(tiny_config, split, place):
     elm = make_elm(dataclasses.replace(tiny_config, num_soft_tokens=1), place=place)
     naive = [naive_greedy(elm, split.vectors([row])[0], 10) for row in ROWS]
-    assert elm.generate(split.collate_prompts(ROWS), 10) == [elm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in naive]
+    assert elm.generate(split.collate_prompts(ROWS), 10) == [
+        elm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in naive
+    ]
 
 
 def test_a_rows_text_does_not_depend_on_its_companions(elm, split):
