@@ -61,11 +61,19 @@ def variants(base: SummaryTrainingConfig) -> tuple[Variant, ...]:
     Names say what is other than in `base`; a variant that would equal the base or an earlier one is left out.
     """
     plain_loss = {"use_contrastive_loss": False, "use_text_drift_loss": False, "use_teacher_kl": False}
-    guide = {"num_soft_tokens": 1, "warm_start": False, "use_teacher_kl": False, "pretrain_epochs": 0}
+    guide = {
+        "num_soft_tokens": 1, "warm_start": False, "soft_token_place": "text", "use_teacher_kl": False,
+        "pretrain_epochs": 0,
+    }  # fmt: skip
+    in_answer = base.soft_token_place == "answer"
     asked = [
         (DEFAULTS, {}),
         ("random start" if base.warm_start else "warm start", {"warm_start": not base.warm_start}),
         *((f"{count} soft token{'s' if count > 1 else ''}", {"num_soft_tokens": count}) for count in (1, 4, 8)),
+        (
+            "in the text's place" if in_answer else "in the answer",
+            {"soft_token_place": "text" if in_answer else "answer"},
+        ),
         _toggle(base, "use_contrastive_loss", "contrastive loss"),
         _toggle(base, "use_text_drift_loss", "drift loss"),
         ("NLL only", plain_loss),

@@ -104,7 +104,7 @@ def table(config: AblateConfig) -> pandas.DataFrame:
 
 def test_variants_undo_each_choice_of_the_defaults_alone() -> None:
     base = replace(
-        SummaryTrainingConfig(), num_soft_tokens=4, warm_start=True, use_contrastive_loss=True,
+        SummaryTrainingConfig(), num_soft_tokens=4, soft_token_place="answer", warm_start=True, use_contrastive_loss=True,
         use_text_drift_loss=True, use_teacher_kl=False, pretrain_epochs=0,
     )  # fmt: skip
     assert {variant.name: variant.changes for variant in variants(base)} == {
@@ -112,11 +112,12 @@ def test_variants_undo_each_choice_of_the_defaults_alone() -> None:
         "random start": {"warm_start": False},
         "1 soft token": {"num_soft_tokens": 1},
         "8 soft tokens": {"num_soft_tokens": 8},
+        "in the text's place": {"soft_token_place": "text"},
         "no contrastive loss": {"use_contrastive_loss": False},
         "no drift loss": {"use_text_drift_loss": False},
         "NLL only": {"use_contrastive_loss": False, "use_text_drift_loss": False},
         "teacher KL": {"use_teacher_kl": True},
-        "guide's plain settings": {"num_soft_tokens": 1, "warm_start": False},
+        "guide's plain settings": {"num_soft_tokens": 1, "warm_start": False, "soft_token_place": "text"},
     }
 
 
