@@ -65,15 +65,12 @@ def variants(base: SummaryTrainingConfig) -> tuple[Variant, ...]:
         "num_soft_tokens": 1, "warm_start": False, "soft_token_place": "text", "use_teacher_kl": False,
         "pretrain_epochs": 0,
     }  # fmt: skip
-    in_answer = base.soft_token_place == "answer"
+    other_place = "text" if base.soft_token_place == "answer" else "answer"
     asked = [
         (DEFAULTS, {}),
         ("random start" if base.warm_start else "warm start", {"warm_start": not base.warm_start}),
         *((f"{count} soft token{'s' if count > 1 else ''}", {"num_soft_tokens": count}) for count in (1, 4, 8)),
-        (
-            "in the text's place" if in_answer else "in the answer",
-            {"soft_token_place": "text" if in_answer else "answer"},
-        ),
+        (f"in the {other_place}'s place", {"soft_token_place": other_place}),
         _toggle(base, "use_contrastive_loss", "contrastive loss"),
         _toggle(base, "use_text_drift_loss", "drift loss"),
         ("NLL only", plain_loss),

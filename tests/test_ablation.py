@@ -104,8 +104,8 @@ def table(config: AblateConfig) -> pandas.DataFrame:
 
 def test_variants_undo_each_choice_of_the_defaults_alone() -> None:
     base = replace(
-        SummaryTrainingConfig(), num_soft_tokens=4, soft_token_place="answer", warm_start=True, use_contrastive_loss=True,
-        use_text_drift_loss=True, use_teacher_kl=False, pretrain_epochs=0,
+        SummaryTrainingConfig(), num_soft_tokens=4, soft_token_place="answer", warm_start=True,
+        use_contrastive_loss=True, use_text_drift_loss=True, use_teacher_kl=False, pretrain_epochs=0,
     )  # fmt: skip
     assert {variant.name: variant.changes for variant in variants(base)} == {
         DEFAULTS: {},
