@@ -20,6 +20,10 @@ _ROWS = (
     ("drift_similarity", "drift similarity"),
 )
 _QUALITY = (
+    ("identification_top_1", "own source first (top-1)"),
+    ("identification_chance", "top-1 by chance"),
+    ("identification_mrr", "own source (MRR)"),
+    ("drift_correlation", "drift, trained x true (r)"),
     ("length_ratio", "length ratio"),
     ("empty_prediction_rate", "empty rate"),
     ("short_prediction_rate", "short rate (< 5 words)"),
