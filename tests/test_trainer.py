@@ -68,7 +68,9 @@ def test_training_lowers_the_loss(tiny_config: SummaryTrainingConfig) -> None:
 def test_a_stopped_run_ends_in_the_same_bytes(
     tiny_config: SummaryTrainingConfig, tmp_path: Path, step: int, accumulation: int
 ) -> None:
-    whole = replace(tiny_config, gradient_accumulation_steps=accumulation, max_epochs=2 * accumulation)
+    whole = replace(
+        tiny_config, gradient_accumulation_steps=accumulation, max_epochs=2 * accumulation, early_stopping_patience=6
+    )
     stopped = replace(whole, checkpoint_dir=str(tmp_path / "stopped"))
     first = train(whole)
     with pytest.raises(KeyboardInterrupt):
