@@ -1,12 +1,13 @@
-"""The adapter: one embedding in, soft tokens out; and its closed-form warm start."""
+"""The adapter: one embedding in, soft tokens out; and the targets of its warm start."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from elmlib.ridge import LinearMap
 
 PRE_ACTIVATION_RMS = 1.7
 """Size of the MLP's random features. At torch's default, 0.6, a GELU is nearly linear, and the MLP has little to say
@@ -74,101 +75,16 @@ class EmbeddingAdapter(nn.Module):
         self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a dimension that never varies must not be blown up
 
     @torch.no_grad()
-    def warm_start(self, ridge: "Ridge") -> None:
-        """Start every soft token in the direction of `ridge`, which maps standardised embeddings to one vector of size
-        llm_dim; over its training rows they have a root mean square of START_RMS before the norm."""
-        weight, bias = ridge.map
-        assert weight.shape == (self.llm_dim, self.mean.numel()), weight.shape
-        scale = START_RMS / (self.residual_scale * ridge.rms)
-        self.linear.weight.copy_(scale * weight.repeat(self.num_soft_tokens, 1))
-        self.linear.bias.copy_(scale * bias.repeat(self.num_soft_tokens))
+    def warm_start(self, maps: Sequence[LinearMap]) -> None:
+        """Start soft token j in the direction of maps[j], from standardised embeddings to llm_dim.
 
-
-class LinearMap(NamedTuple):
-    """y = weight x + bias; weight (outputs, inputs), bias (outputs,), float32."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class NormalEquations:
-    """What least squares needs of any number of (x, y) rows: their second moments, in float64."""
-
-    def __init__(self, chunks: Iterable[tuple[Tensor, Tensor]]):
-        """chunks of x (rows, inputs) and y (rows, outputs); memory does not grow with the number of rows."""
-        self.gram, self.cross, self.squares = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        self.rows = 0
-        for x, y in chunks:
-            x, y = _double(torch.cat([x, torch.ones_like(x[:, :1])], dim=1)), _double(y)  # the last input is the bias
-            self.gram = self.gram + x.T @ x
-            self.cross = self.cross + x.T @ y
-            self.squares = self.squares + y.square().sum()
-            self.rows += len(x)
-        if not self.rows:
-            raise ValueError("least squares got no rows")
-
-    def solve(self, strength: float) -> Tensor:
-        """Ridge regression (Hoerl and Kennard, 1970), (inputs + 1, outputs): argmin |xW - y|^2 + strength |W|^2.
-
-        The bias, the last row, is not shrunk.
+        The maps' outputs have a root mean square of 1 over the training rows, and START_RMS here, before the norm.
         """
-        penalty = torch.full_like(self.gram[0], strength)
-        penalty[-1] = 0.0
-        return torch.linalg.solve(self.gram + torch.diag(penalty), self.cross)
-
-    def root_mean_square(self, solution: Tensor) -> float:
-        """Of the entries of xW over these rows, from their moments alone."""
-        total = (solution * (self.gram @ solution)).sum() / (self.rows * solution.shape[1])
-        return total.sqrt().item()
-
-    def mean_error(self, solution: Tensor) -> float:
-        """Mean of |xW - y|^2 over these rows, from their moments alone."""
-        error = self.squares - 2 * (solution * self.cross).sum() + (solution * (self.gram @ solution)).sum()
-        return error.item() / self.rows
-
-
-class Ridge(NamedTuple):
-    """A ridge regression."""
-
-    map: LinearMap
-    strength: float
-    """Of the penalty."""
-    rms: float
-    """Root mean square of the map's outputs over the training rows."""
-
-
-def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
-    """The ridge regression on `train` whose strength has the least error on `val`.
-
-    Strengths are tried from 1e-4 to 30 times the mean second moment of an input, in half decades.
-    """
-    scale = train.gram.diagonal()[:-1].mean().item()
-    strengths = [scale * 10 ** (exponent / 2) for exponent in range(-8, 4)]
-    solutions = [train.solve(strength) for strength in strengths]
-    errors = [val.mean_error(solution) for solution in solutions]
-    best = errors.index(min(errors))
-    weight, bias = solutions[best][:-1].T, solutions[best][-1]
-    found = LinearMap(weight.float().contiguous(), bias.float())
-    return Ridge(found, strengths[best], train.root_mean_square(solutions[best]))
-
-
-def mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation over the rows of all chunks, each (dim,), summed in float64."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for x in chunks:
-        x = _double(x)
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    if count == 0:
-        raise ValueError("mean_and_std got no rows")
-    mean = total / count
-    return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()
-
-
-def _double(x: Tensor) -> Tensor:
-    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
+        assert len(maps) == self.num_soft_tokens, (len(maps), self.num_soft_tokens)
+        assert maps[0].weight.shape == (self.llm_dim, self.mean.numel()), maps[0].weight.shape
+        scale = START_RMS / self.residual_scale
+        self.linear.weight.copy_(scale * torch.cat([it.weight for it in maps]))
+        self.linear.bias.copy_(scale * torch.cat([it.bias for it in maps]))
 
 
 def token_idf(answers: Sequence[Sequence[int]], vocab_size: int) -> Tensor:

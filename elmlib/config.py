@@ -54,7 +54,7 @@ class SummaryTrainingConfig:
     residual_scale: float = 0.1
     """Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5."""
     warm_start: bool = True
-    """Start the linear path at the ridge-regression solution instead of at random."""
+    """Start each soft token at a view of the ridge regression onto the targets' tokens instead of at random."""
 
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2

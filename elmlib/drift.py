@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elmlib.adapter import LinearMap
 from elmlib.losses import Predictions
+from elmlib.ridge import LinearMap
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

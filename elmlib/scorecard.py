@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from elmlib.bertscore import BERTScoreEvaluator
 from elmlib.checkpoint import load_adapter
-from elmlib.controls import TRUE, System, list_systems
+from elmlib.controls import COPY, TRUE, System, list_systems
 from elmlib.data import load_split
 from elmlib.decoding import Sampling
 from elmlib.evaluation import cosine_rows, embed_predictions
@@ -53,6 +53,8 @@ class SystemScores:
     quality: dict[str, float]
     p_value: float
     """Of the paired permutation test that F1 equals the adapter's; 1 for the adapter itself."""
+    p_copy: float
+    """The same against the nearest training neighbour's summary; NaN where that is not among the systems."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,20 +82,24 @@ class Scorecard:
             self.to_frame().to_csv(temporary)
 
     def to_text(self) -> str:
-        """The main columns as an aligned table, chance in the last line; top-1 of N is among the whole split."""
+        """The main columns as an aligned table, chance in the last line; top-1 of N is among the whole split.
+
+        `p` is against the adapter, `p copy` against the nearest training neighbour's summary.
+        """
         few, every = self.systems[0].by_reference, self.systems[0].by_reference_all
         top_all = f"top-1 of {every.num_sources}"
-        head = f"{'p':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{top_all:>15}{'consist.':>10}"
-        lines = [f"{'':<28}{'F1 [95%]':>22}{head}"]
+        head = f"{'p':>8}{'p copy':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{top_all:>14}{'consist.':>9}"
+        lines = [f"{'':<28}{'F1 [95%]':>21}{head}"]
         for it in self.systems:
             f1 = bootstrap_interval(it.f1)
             interval = f"{f1.mean:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
             p_value = "" if it.name == TRUE else f"{it.p_value:.4f}"
+            p_copy = "" if it.name == COPY or np.isnan(it.p_copy) else f"{it.p_copy:.4f}"
             ranks = f"{it.by_reference.top_1:>8.2f}{it.by_reference.top_5:>8.2f}{it.by_reference.mrr:>8.2f}"
-            last = f"{it.by_source.top_1:>8.2f}{it.by_reference_all.top_1:>15.3f}{it.consistency.mean():>10.3f}"
-            lines.append(f"{it.name:<28}{interval:>22}{p_value:>8}{ranks}{last}")
+            last = f"{it.by_source.top_1:>8.2f}{it.by_reference_all.top_1:>14.3f}{it.consistency.mean():>9.3f}"
+            lines.append(f"{it.name:<28}{interval:>21}{p_value:>8}{p_copy:>8}{ranks}{last}")
         last = f"{few.chance:>8.2f}{min(1.0, 5 * few.chance):>8.2f}{few.chance_mrr:>8.2f}{few.chance:>8.2f}"
-        lines.append(f"{f'chance, 1 of {few.num_sources}':<28}{'':>22}{'':>8}{last}{every.chance:>15.3f}")
+        lines.append(f"{f'chance, 1 of {few.num_sources}':<28}{'':>21}{'':>16}{last}{every.chance:>14.3f}")
         return "\n".join(lines)
 
 
@@ -101,7 +107,7 @@ def _row(system: SystemScores) -> dict[str, str | float]:
     row: dict[str, str | float] = {"system": system.name, "bertscore_composite": system.composite}
     for name, values in (("bertscore_f1", system.f1), ("semantic_consistency", system.consistency)):
         row |= _columns(name, bootstrap_interval(values))
-    row["p_value"] = system.p_value
+    row |= {"p_value": system.p_value, "p_copy": system.p_copy}
     for name in ("reference", "source", "reference_all", "source_all"):
         for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
             row[f"{name}_{figure}"] = getattr(getattr(system, f"by_{name}"), figure)
@@ -151,8 +157,12 @@ def score_systems(
                     by_source_all=identify_sources(vectors, embeddings, sources, rows),
                     quality=quality_metrics(predictions, chosen),
                     p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
+                    p_copy=float("nan"),
                 )
             )
+    copied = next((system.f1 for system in scored if system.name == COPY), None)
+    if copied is not None:
+        scored = [replace(system, p_copy=permutation_p(system.f1, copied)) for system in scored]
     return Scorecard(tuple(scored))
 
 

@@ -9,22 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elmlib.adapter import (
-    EmbeddingAdapter,
-    LinearMap,
-    NormalEquations,
-    Ridge,
-    fit_ridge,
-    mean_and_std,
-    mean_token_embedding,
-    token_idf,
-)
+from elmlib.adapter import EmbeddingAdapter, mean_token_embedding, token_idf
 from elmlib.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Batch, Split, load_split, opening_split
 from elmlib.drift import DriftHead, DriftReadout, ReEmbed
 from elmlib.model import Elm, make_adapter
 from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
+from elmlib.ridge import LinearMap, NormalEquations, Ridge, fit_ridge, mean_and_std, views
 from elmlib.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
@@ -43,7 +35,7 @@ class Fits:
     idf: Tensor
     """(vocab,) inverse document frequency over the training answers."""
     to_tokens: Ridge
-    """Standardised embedding -> idf-weighted mean token embedding of the target: the adapter's warm start."""
+    """Standardised embedding -> idf-weighted mean token embedding of the target, whose views start the adapter warm."""
     to_embedding: Ridge
     """Mean token embedding -> embedding: the drift read-out."""
 
@@ -84,7 +76,7 @@ class Workbench:
         adapter = make_adapter(config, table).to(table.device)
         adapter.standardise(self.fits.mean, self.fits.std)
         if config.warm_start:
-            adapter.warm_start(self.fits.to_tokens)
+            adapter.warm_start(views(self.fits.to_tokens, config.num_soft_tokens))
         if config.text_drift_head == "re_embed":
             drift: DriftHead = ReEmbed(self.embedder, self.elm.tokenizer)
         else:

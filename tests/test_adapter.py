@@ -1,4 +1,4 @@
-"""The adapter keeps the scale it is given, starts where it is told, and its closed forms are the textbook's."""
+"""The adapter keeps the scale it is given, starts where it is told, and its first steps refine that start."""
 
 import math
 
@@ -10,15 +10,11 @@ from elmlib.adapter import (
     PRE_ACTIVATION_RMS,
     START_RMS,
     EmbeddingAdapter,
-    LinearMap,
-    NormalEquations,
-    Ridge,
-    fit_ridge,
-    mean_and_std,
     mean_token_embedding,
     token_embedding_rms,
     token_idf,
 )
+from elmlib.ridge import LinearMap, NormalEquations, fit_ridge, mean_and_std, views
 
 DIM, LLM_DIM, TOKENS, HIDDEN = 6, 10, 3, 8
 
@@ -40,30 +36,6 @@ def randomised(**shape):
             parameter.copy_(normal(*parameter.shape, seed=seed))
     adapter.standardise(normal(DIM, seed=50), normal(DIM, seed=51).abs() + 0.5)
     return adapter
-
-
-def noisy_rows(rows, noise, seed):
-    """x and a y that is linear in it but for noise; neither is centred."""
-    x = normal(rows, DIM, seed=seed) + 2
-    y = x @ normal(DIM, 4, seed=99) + 5 + noise * normal(rows, 4, seed=seed + 1)
-    return x, y
-
-
-def in_chunks(sizes, *tensors):
-    return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
-
-
-def textbook_ridge(x, y, strength):
-    """Centre, shrink the slope alone, and let the bias make up for the means."""
-    x, y = x.double(), y.double()
-    centred = x - x.mean(0)
-    gram = centred.T @ centred + strength * torch.eye(DIM, dtype=torch.float64)
-    slope = torch.linalg.inv(gram) @ centred.T @ (y - y.mean(0))
-    return slope, y.mean(0) - x.mean(0) @ slope
-
-
-def error_over_rows(x, y, slope, bias):
-    return sum((row @ slope + bias - goal).square().sum().item() for row, goal in zip(x, y, strict=True)) / len(x)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -117,27 +89,24 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(adapter.eval()(x), adapter(x))
 
 
-def test_the_warm_start_puts_every_soft_token_at_the_fitted_map():
+def test_the_warm_start_puts_each_soft_token_at_its_own_map():
     adapter, x = make(rms=0.2), normal(5, DIM, seed=4)
     adapter.standardise(normal(DIM, seed=5), normal(DIM, seed=6).abs() + 0.5)
-    fit = LinearMap(normal(LLM_DIM, DIM, seed=7), normal(LLM_DIM, seed=8))
-    adapter.warm_start(Ridge(fit, strength=1.0, rms=3.0))
-    goal = fit(adapter.standardised(x))
-    expected = 0.2 * goal / goal.square().mean(-1, keepdim=True).sqrt()
-    for token in range(TOKENS):
+    maps = [
+        LinearMap(normal(LLM_DIM, DIM, seed=7 + token), normal(LLM_DIM, seed=17 + token)) for token in range(TOKENS)
+    ]
+    adapter.warm_start(maps)
+    for token, fit in enumerate(maps):
+        goal = fit(adapter.standardised(x))
+        expected = 0.2 * goal / goal.square().mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(adapter(x)[:, token], expected)
-
-
-def test_the_mlp_starts_beyond_the_linear_part_of_its_activation():
-    adapter = EmbeddingAdapter(64, LLM_DIM, TOKENS, 512, dropout_rate=0.0, residual_scale=0.1)
-    assert adapter.up(normal(100, 64)).std().item() == pytest.approx(PRE_ACTIVATION_RMS, rel=0.05)
 
 
 def test_the_first_steps_refine_the_warm_start_and_do_not_replace_it():
     adapter, x = make(), normal(200, DIM, seed=4)
     y = x @ normal(DIM, LLM_DIM, seed=7) + normal(200, LLM_DIM, seed=9)
     ridge = fit_ridge(NormalEquations([(x, y)]), NormalEquations([(x, y)]))
-    adapter.warm_start(ridge)
+    adapter.warm_start(views(ridge, TOKENS))
     size = (adapter.residual_scale * adapter.linear(x)).square().mean().sqrt().item()
     assert size == pytest.approx(START_RMS, rel=1e-4)
     start = adapter(x)
@@ -147,9 +116,15 @@ def test_the_first_steps_refine_the_warm_start_and_do_not_replace_it():
     assert F.cosine_similarity(start, adapter(x), dim=-1).min() > 0.9
 
 
-def test_a_warm_start_of_the_wrong_size_is_refused():
+@pytest.mark.parametrize(("count", "rows"), [(TOKENS, LLM_DIM + 1), (TOKENS - 1, LLM_DIM)])
+def test_a_warm_start_of_the_wrong_size_is_refused(count, rows):
     with pytest.raises(AssertionError):
-        make().warm_start(Ridge(LinearMap(torch.zeros(LLM_DIM + 1, DIM), torch.zeros(LLM_DIM + 1)), 1.0, 1.0))
+        make().warm_start([LinearMap(torch.zeros(rows, DIM), torch.zeros(rows))] * count)
+
+
+def test_the_mlp_starts_beyond_the_linear_part_of_its_activation():
+    adapter = EmbeddingAdapter(64, LLM_DIM, TOKENS, 512, dropout_rate=0.0, residual_scale=0.1)
+    assert adapter.up(normal(100, 64)).std().item() == pytest.approx(PRE_ACTIVATION_RMS, rel=0.05)
 
 
 def test_one_soft_token_of_equal_size_starts_as_the_identity():
@@ -179,77 +154,6 @@ def test_a_dimension_that_never_varies_does_not_divide_by_zero():
     adapter.standardise(*mean_and_std([x]))
     assert not adapter.standardised(x)[:, 2].any()
     assert adapter(x).isfinite().all()
-
-
-@pytest.mark.parametrize("strength", [1e-3, 1.0, 300.0])
-def test_ridge_equals_the_textbook(strength):
-    x, y = noisy_rows(40, 0.5, seed=1)
-    solution = NormalEquations([(x, y)]).solve(strength)
-    slope, bias = textbook_ridge(x, y, strength)
-    torch.testing.assert_close(solution[:-1], slope)
-    torch.testing.assert_close(solution[-1], bias)
-
-
-def test_the_bias_is_not_shrunk():
-    x, y = noisy_rows(40, 0.5, seed=1)
-    solution = NormalEquations([(x, y)]).solve(1e12)
-    assert solution[:-1].abs().max() < 1e-6
-    torch.testing.assert_close(solution[-1].float(), y.mean(0))
-
-
-def test_least_squares_does_not_depend_on_the_chunks():
-    x, y = noisy_rows(40, 0.5, seed=1)
-    whole = NormalEquations([(x, y)])
-    for sizes in ([1] * 40, [7, 30, 3]):
-        pieces = NormalEquations(in_chunks(sizes, x, y))
-        assert pieces.rows == 40
-        torch.testing.assert_close(pieces.solve(2.0), whole.solve(2.0))
-        assert pieces.mean_error(whole.solve(2.0)) == pytest.approx(whole.mean_error(whole.solve(2.0)))
-
-
-def test_the_error_from_moments_is_the_error_over_rows():
-    x, y = noisy_rows(40, 0.5, seed=1)
-    solution = NormalEquations([(x, y)]).solve(3.0)
-    held_x, held_y = noisy_rows(15, 0.5, seed=20)
-    expected = error_over_rows(held_x.double(), held_y.double(), solution[:-1], solution[-1])
-    assert NormalEquations([(held_x, held_y)]).mean_error(solution) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("noise", [0.0, 3.0, 100.0])
-def test_the_strength_with_the_least_validation_error_is_chosen(noise):
-    train, val = noisy_rows(12, noise, seed=1), noisy_rows(30, noise, seed=20)
-    fit, strength, rms = fit_ridge(NormalEquations([train]), NormalEquations([val]))
-    scale = train[0].double().square().sum(0).mean().item()
-    strengths = [scale * factor * 10**exponent for exponent in range(-4, 2) for factor in (1, math.sqrt(10))]
-    errors = [error_over_rows(*(t.double() for t in val), *textbook_ridge(*train, s)) for s in strengths]
-    assert strength == pytest.approx(strengths[errors.index(min(errors))])
-    slope, bias = textbook_ridge(*train, strength)
-    torch.testing.assert_close(fit.weight, slope.T.float())
-    torch.testing.assert_close(fit.bias, bias.float())
-    assert fit.weight.dtype == fit.bias.dtype == torch.float32
-    assert rms == pytest.approx(fit(train[0]).square().mean().sqrt().item(), rel=1e-5)
-
-
-def test_noise_is_shrunk_more_than_signal():
-    def chosen(noise):
-        return fit_ridge(*(NormalEquations([noisy_rows(12, noise, seed=seed)]) for seed in (1, 20))).strength
-
-    assert chosen(0.0) < chosen(100.0)
-
-
-@pytest.mark.parametrize("sizes", [[30], [1] * 30, [29, 1]])
-def test_mean_and_std_equal_torch_whatever_the_chunks(sizes):
-    x = normal(30, DIM) * 0.01 + 5
-    mean, std = mean_and_std(x.split(sizes))
-    torch.testing.assert_close(mean, x.double().mean(0).float())
-    torch.testing.assert_close(std, x.double().std(0, correction=0).float())
-
-
-def test_no_rows_are_an_error():
-    with pytest.raises(ValueError, match="no rows"):
-        mean_and_std([])
-    with pytest.raises(ValueError, match="no rows"):
-        NormalEquations([])
 
 
 def test_token_idf_equals_its_naive_twin():

@@ -11,13 +11,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from elmlib.adapter import LinearMap
 from elmlib.config import SummaryTrainingConfig
 from elmlib.drift import DriftReadout, ReEmbed, expected_token_embedding, text_drift
 from elmlib.losses import Predictions
 from elmlib.objective import loss_parts
 from elmlib.pretrained import encode, load_embedder
 from elmlib.prompts import IGNORE_INDEX
+from elmlib.ridge import LinearMap
 from elmlib.trainer import train
 from elmlib.workbench import Workbench, prepare
 

@@ -29,6 +29,7 @@ LAYERS = [
     "pretrained",
     "data",
     "decoding",
+    "ridge",
     "adapter",
     "model",
     "losses",

@@ -161,6 +161,7 @@ def test_a_scorecard_holds_every_system_on_the_same_samples(card: Scorecard) -> 
     assert frame.loc[TRUE, "bertscore_f1"] == pytest.approx(card[TRUE].f1.mean())
     assert (frame["bertscore_f1_low"] <= frame["bertscore_f1"]).all()
     assert card[TRUE].p_value == 1.0 and 0 < card[COPY].p_value <= 1
+    assert card[COPY].p_copy == 1.0 and card[TRUE].p_copy == card[COPY].p_value
     text = card.to_text()
     assert all(name in text for name in names) and "chance, 1 of 24" in text and "top-1 of 24" in text
     # All of the split was sampled, so that both pools are the same.
@@ -202,6 +203,7 @@ def test_a_scorecard_ranks_among_the_samples_and_among_the_whole_split() -> None
         assert (few.num_sources, every.num_sources) == (5, 15)
     assert card["copy"].by_reference_all.top_1 == 1.0
     assert found.f1.tolist() == [1, 0, 0, 0, 0]
+    assert np.isnan(found.p_copy)  # no system is named as the copy
     frame = card.to_frame()
     assert frame.loc["adapter", "reference_all_chance"] == pytest.approx(1 / 15)
     assert frame.loc["adapter", "source_all_top_1"] == found.by_source_all.top_1
