@@ -15,7 +15,7 @@ that the linear path does not."""
 
 START_RMS = 10.0
 """Size of the warm start before the norm, which hides it from the output: large beside what AdamW adds to the MLP's
-output in its first steps (learning rate times hidden_dim, about 1), which else overwrite the warm start at once."""
+output in its first steps (learning rate times hidden_dim, about 4), which else overwrite the warm start at once."""
 
 
 class EmbeddingAdapter(nn.Module):

@@ -180,11 +180,11 @@ class DemoConfig:
 
     output_dir: Path = Path("papermill_runs/demo")
     """Folder for the executed notebooks, the data and the run."""
-    limit: int = 8000
+    limit: int = 4400
     """Pairs of text and summary, over all splits, nine in ten of them for training; 0 takes all."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes over the training pairs."""
-    eval_interval: int = 225
+    eval_interval: int = 330
     """Optimizer steps between evaluations."""
 
     def __post_init__(self) -> None:

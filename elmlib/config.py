@@ -43,7 +43,7 @@ class SummaryTrainingConfig:
     """The model that made the embeddings; it re-embeds generated summaries for the drift similarity."""
     embedding_dim: int = 384
     """Size of one embedding: 384 for all-MiniLM-L6-v2, 2560 for Qwen3-Embedding-4B."""
-    hidden_dim: int = 2048
+    hidden_dim: int = 4096
     """Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144."""
     num_soft_tokens: int = 8
     """Soft tokens that one embedding becomes, at least 1."""
