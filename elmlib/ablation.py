@@ -69,6 +69,7 @@ def variants(base: SummaryTrainingConfig) -> tuple[Variant, ...]:
     asked = [
         (DEFAULTS, {}),
         ("random start" if base.warm_start else "warm start", {"warm_start": not base.warm_start}),
+        ("one view", {"warm_start_views": False} if base.warm_start and base.num_soft_tokens > 1 else {}),
         *((f"{count} soft token{'s' if count > 1 else ''}", {"num_soft_tokens": count}) for count in (1, 4, 8)),
         (f"in the {other_place}'s place", {"soft_token_place": other_place}),
         _toggle(base, "use_contrastive_loss", "contrastive loss"),

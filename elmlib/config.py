@@ -54,7 +54,9 @@ class SummaryTrainingConfig:
     residual_scale: float = 0.1
     """Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5."""
     warm_start: bool = True
-    """Start each soft token at a view of the ridge regression onto the targets' tokens instead of at random."""
+    """Start the linear path at the ridge regression onto the targets' tokens instead of at random."""
+    warm_start_views: bool = True
+    """With the warm start: whiten the regression more from soft token to soft token, or start them all alike."""
 
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2

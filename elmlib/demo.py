@@ -95,6 +95,7 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "data_dir": f"{data}/summary_filtered",
         "checkpoint_dir": str(folder),
         "epochs": config.epochs,
+        "batch_size": config.batch_size,
         "eval_interval": config.eval_interval,
         "resume_from": "",
     }

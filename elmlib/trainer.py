@@ -70,7 +70,10 @@ class _Run:
         self.adapter = self.bench.elm.adapter
         self.fingerprint = self.bench.train.fingerprint
         optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.adapter.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,  # else one pass over all weights for each term of the update, a tenth as fast on a CPU
         )
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self.told_of_lone_row = False

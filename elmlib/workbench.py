@@ -76,7 +76,9 @@ class Workbench:
         adapter = make_adapter(config, table).to(table.device)
         adapter.standardise(self.fits.mean, self.fits.std)
         if config.warm_start:
-            adapter.warm_start(views(self.fits.to_tokens, config.num_soft_tokens))
+            count = config.num_soft_tokens
+            found = views(self.fits.to_tokens, count if config.warm_start_views else 1)
+            adapter.warm_start(found if config.warm_start_views else found * count)
         if config.text_drift_head == "re_embed":
             drift: DriftHead = ReEmbed(self.embedder, self.elm.tokenizer)
         else:

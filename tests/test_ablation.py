@@ -104,12 +104,13 @@ def table(config: AblateConfig) -> pandas.DataFrame:
 
 def test_variants_undo_each_choice_of_the_defaults_alone() -> None:
     base = replace(
-        SummaryTrainingConfig(), num_soft_tokens=4, soft_token_place="answer", warm_start=True,
+        SummaryTrainingConfig(), num_soft_tokens=4, soft_token_place="answer", warm_start=True, warm_start_views=True,
         use_contrastive_loss=True, use_text_drift_loss=True, use_teacher_kl=False, pretrain_epochs=0,
     )  # fmt: skip
     assert {variant.name: variant.changes for variant in variants(base)} == {
         DEFAULTS: {},
         "random start": {"warm_start": False},
+        "one view": {"warm_start_views": False},
         "1 soft token": {"num_soft_tokens": 1},
         "8 soft tokens": {"num_soft_tokens": 8},
         "in the text's place": {"soft_token_place": "text"},
