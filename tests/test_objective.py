@@ -51,3 +51,12 @@ def test_a_loss_that_is_off_is_zero(tiny_config: SummaryTrainingConfig, switch: 
     assert getattr(parts, name) == 0
     others = {"contrastive", "drift"} - {name}
     assert all(getattr(parts, other) > 0 for other in others)
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_soft_tokens_start_at_views_of_their_own_or_all_alike(tiny_config: SummaryTrainingConfig, views: bool) -> None:
+    config = replace(tiny_config, warm_start_views=views, num_soft_tokens=3, dropout_rate=0.0)
+    bench = prepare(config, torch.device("cpu"))
+    with torch.no_grad():
+        first, *others = bench.elm.adapter(bench.train.vectors([0, 1])).unbind(1)
+    assert all(torch.allclose(first, other, atol=1e-5) is not views for other in others)
