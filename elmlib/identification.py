@@ -1,52 +1,71 @@
 """Whether a summary tells its own source from all others: ranks, beside what chance alone gives."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import hypergeom
 
 if TYPE_CHECKING:
     import pandas
+
+POOL = 100
+"""Sources that a summary has to tell its own from, so that figures of splits of any size compare."""
 
 _COMPARED = 512  # summaries compared with the pool at once
 
 
 @dataclass(frozen=True, eq=False)
 class Identification:
-    """How n summaries rank their own source among all `num_sources`."""
+    """How n summaries rank their own source among `num_sources`, or among `pool` drawn from them at random.
+
+    In a pool the own source stands among pool - 1 others, and how many of those that beat it are drawn is
+    hypergeometric; the figures are expectations over all such pools, so no draw of one makes them noisy.
+    """
 
     ranks: np.ndarray
-    """(n,) int, 1 is best; a tie counts as lost."""
+    """(n,) int among all `num_sources`, 1 is best; a tie counts as lost."""
     num_sources: int
+    pool: int
+    """Sources that a summary has to tell its own from, itself among them: 2 to `num_sources`."""
+
+    def among(self, pool: int) -> "Identification":
+        """The same ranks in pools of `pool` sources, or of all where there are fewer."""
+        return replace(self, pool=min(pool, self.num_sources))
 
     @property
     def top_1(self) -> float:
         """Share of summaries nearest to their own source, 0 to 1."""
-        return float((self.ranks <= 1).mean())
+        return self.top(1)
 
     @property
     def top_5(self) -> float:
         """Share of summaries whose own source is among the nearest five, 0 to 1."""
-        return float((self.ranks <= 5).mean())
+        return self.top(5)
+
+    def top(self, count: int) -> float:
+        """Share of summaries whose own source is among the nearest `count`, 0 to 1."""
+        return float(hypergeom.cdf(count - 1, self.num_sources - 1, self.ranks - 1, self.pool - 1).mean())
 
     @property
     def mrr(self) -> float:
-        """Mean reciprocal rank, above 0 to 1."""
-        return float((1 / self.ranks).mean())
+        """Mean reciprocal rank, above 0 to 1: of rank r among M, in pools of N, (1 - C(M-r, N) / C(M, N)) M / (N r)."""
+        none_as_good = hypergeom.pmf(0, self.num_sources, self.ranks, self.pool)
+        return float(((1 - none_as_good) * self.num_sources / (self.pool * self.ranks)).mean())
 
     @property
     def chance(self) -> float:
-        """Top-1 of a summary that tells nothing: 1 / num_sources."""
-        return 1 / self.num_sources
+        """Top-1 of a summary that tells nothing: 1 / pool."""
+        return 1 / self.pool
 
     @property
     def chance_mrr(self) -> float:
         """MRR of a summary that tells nothing: the mean of 1 / rank over all ranks."""
-        return float((1 / np.arange(1, self.num_sources + 1)).mean())
+        return float((1 / np.arange(1, self.pool + 1)).mean())
 
     def to_frame(self) -> "pandas.DataFrame":
-        """One row a summary: rank and reciprocal_rank."""
+        """One row a summary: rank and reciprocal_rank among all sources."""
         import pandas
 
         return pandas.DataFrame({"rank": self.ranks, "reciprocal_rank": 1 / self.ranks})
@@ -80,7 +99,7 @@ def identify_sources(
         rivals = nearest >= similarity[at, mine][:, None] - 1e-12
         rivals[at, numbers[mine]] = False
         ranks.append(1 + rivals.sum(axis=1))
-    return Identification(np.concatenate(ranks), len(names))
+    return Identification(np.concatenate(ranks), len(names), len(names))
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from elmlib.controls import COPY, TRUE, System, list_systems
 from elmlib.data import load_split
 from elmlib.decoding import Sampling
 from elmlib.evaluation import cosine_rows, embed_predictions
-from elmlib.identification import Identification, identify_sources
+from elmlib.identification import POOL, Identification, identify_sources
 from elmlib.model import make_adapter
 from elmlib.quality import bertscore_means, quality_metrics
 from elmlib.records import atomic_path
@@ -43,12 +43,8 @@ class SystemScores:
     consistency: np.ndarray
     """(n,) semantic consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one."""
     by_reference: Identification
-    """Nearest reference summary among those of the samples."""
-    by_source: Identification
-    """Nearest source embedding among those of the samples."""
-    by_reference_all: Identification
     """Nearest reference summary among those of the whole split."""
-    by_source_all: Identification
+    by_source: Identification
     """Nearest source embedding among those of the whole split."""
     quality: dict[str, float]
     p_value: float
@@ -82,11 +78,13 @@ class Scorecard:
             self.to_frame().to_csv(temporary)
 
     def to_text(self) -> str:
-        """The main columns as an aligned table, chance in the last line; top-1 of N is among the whole split.
+        """The main columns as an aligned table, chance in the last line.
 
-        `p` is against the adapter, `p copy` against the nearest training neighbour's summary.
+        `p` is against the adapter, `p copy` against the nearest training neighbour's summary. top-1, top-5, MRR and
+        source are in pools of `POOL` sources, top-1 of N is among the whole split.
         """
-        few, every = self.systems[0].by_reference, self.systems[0].by_reference_all
+        every = self.systems[0].by_reference
+        few = every.among(POOL)
         top_all = f"top-1 of {every.num_sources}"
         head = f"{'p':>8}{'p copy':>8}{'top-1':>8}{'top-5':>8}{'MRR':>8}{'source':>8}{top_all:>14}{'consist.':>9}"
         lines = [f"{'':<28}{'F1 [95%]':>21}{head}"]
@@ -95,11 +93,12 @@ class Scorecard:
             interval = f"{f1.mean:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
             p_value = "" if it.name == TRUE else f"{it.p_value:.4f}"
             p_copy = "" if it.name == COPY or np.isnan(it.p_copy) else f"{it.p_copy:.4f}"
-            ranks = f"{it.by_reference.top_1:>8.2f}{it.by_reference.top_5:>8.2f}{it.by_reference.mrr:>8.2f}"
-            last = f"{it.by_source.top_1:>8.2f}{it.by_reference_all.top_1:>14.3f}{it.consistency.mean():>9.3f}"
+            found, source = it.by_reference.among(POOL), it.by_source.among(POOL)
+            ranks = f"{found.top_1:>8.2f}{found.top_5:>8.2f}{found.mrr:>8.2f}{source.top_1:>8.2f}"
+            last = f"{it.by_reference.top_1:>14.3f}{it.consistency.mean():>9.3f}"
             lines.append(f"{it.name:<28}{interval:>21}{p_value:>8}{p_copy:>8}{ranks}{last}")
         last = f"{few.chance:>8.2f}{min(1.0, 5 * few.chance):>8.2f}{few.chance_mrr:>8.2f}{few.chance:>8.2f}"
-        lines.append(f"{f'chance, 1 of {few.num_sources}':<28}{'':>21}{'':>16}{last}{every.chance:>14.3f}")
+        lines.append(f"{f'chance, 1 of {few.pool}':<28}{'':>21}{'':>16}{last}{every.chance:>14.3f}")
         return "\n".join(lines)
 
 
@@ -108,9 +107,10 @@ def _row(system: SystemScores) -> dict[str, str | float]:
     for name, values in (("bertscore_f1", system.f1), ("semantic_consistency", system.consistency)):
         row |= _columns(name, bootstrap_interval(values))
     row |= {"p_value": system.p_value, "p_copy": system.p_copy}
-    for name in ("reference", "source", "reference_all", "source_all"):
-        for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
-            row[f"{name}_{figure}"] = getattr(getattr(system, f"by_{name}"), figure)
+    for name, found in (("reference", system.by_reference), ("source", system.by_source)):
+        for pool, ranks in ((name, found.among(POOL)), (f"{name}_all", found)):
+            for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
+                row[f"{pool}_{figure}"] = getattr(ranks, figure)
     return row | system.quality
 
 
@@ -130,11 +130,11 @@ def score_systems(
     """Let each system write, and score its n predictions against the references of `rows` (n,).
 
     `references` (m,), source `embeddings` (m, dim) and `sources` (m,) are those of the whole split, so that a summary
-    has to tell its own source from the others' of `rows`, and from all m. The first system is the adapter, to which
-    the others are compared. Raises ValueError as `check_pairs` and `identify_sources` do.
+    has to tell its own source from all others. The first system is the adapter, to which the others are compared.
+    Raises ValueError as `check_pairs` and `identify_sources` do.
     """
     targets = embed_predictions(embed, references, embeddings.shape[1])
-    chosen, own = [references[row] for row in rows], [sources[row] for row in rows]
+    chosen = [references[row] for row in rows]
     scored: list[SystemScores] = []
     with tqdm(systems, desc="report", unit="system", disable=not bars_are_seen()) as bar:
         for system in bar:
@@ -151,10 +151,8 @@ def score_systems(
                     f1=scores.f1,
                     composite=bertscore_means(scores)["bertscore_composite"],
                     consistency=cosine_rows(vectors, embeddings[rows]),
-                    by_reference=identify_sources(vectors, targets[rows], own),
-                    by_source=identify_sources(vectors, embeddings[rows], own),
-                    by_reference_all=identify_sources(vectors, targets, sources, rows),
-                    by_source_all=identify_sources(vectors, embeddings, sources, rows),
+                    by_reference=identify_sources(vectors, targets, sources, rows),
+                    by_source=identify_sources(vectors, embeddings, sources, rows),
                     quality=quality_metrics(predictions, chosen),
                     p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
                     p_copy=float("nan"),

@@ -12,7 +12,7 @@ from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Split
 from elmlib.drift import text_drift
 from elmlib.evaluation import SummaryScores, score_summaries, swap_sources
-from elmlib.identification import Identification, identify_sources
+from elmlib.identification import POOL, Identification, identify_sources
 from elmlib.losses import predict
 from elmlib.records import atomic_path
 from elmlib.significance import correlation
@@ -40,7 +40,7 @@ class Validation(NamedTuple):
 
     def values(self) -> dict[str, float]:
         """All figures, flat."""
-        found = self.identification
+        found = self.identification.among(POOL)
         return (
             {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled}
             | self.scores.to_dict()

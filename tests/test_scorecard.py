@@ -11,7 +11,7 @@ import torch
 from elmlib.config import SummaryTrainingConfig
 from elmlib.controls import COPY, SHUFFLED, TRUE, System, first_sentence, nearest_summaries, rerank
 from elmlib.decoding import Sampling
-from elmlib.identification import identify_sources
+from elmlib.identification import Identification, identify_sources
 from elmlib.quality import BERTScores, quality_metrics
 from elmlib.scorecard import Scorecard, score_checkpoint, score_systems
 from elmlib.significance import bootstrap_interval, permutation_p
@@ -44,7 +44,8 @@ def test_identification_equals_its_naive_twin() -> None:
     found = identify_sources(summaries, targets, sources)
     assert found.ranks.tolist() == naive_ranks(summaries, targets, sources)
     assert found.ranks[3] == found.num_sources == 15
-    assert found.top_1 == np.mean(found.ranks == 1) and found.top_5 == np.mean(found.ranks <= 5)
+    assert found.top_1 == pytest.approx(np.mean(found.ranks == 1))
+    assert found.top_5 == pytest.approx(np.mean(found.ranks <= 5))
     assert found.mrr == pytest.approx(np.mean([1 / rank for rank in found.ranks]))
 
 
@@ -63,6 +64,26 @@ def test_identification_in_a_larger_pool_equals_its_naive_twin(monkeypatch: pyte
     assert (found.ranks[2:4] > 1).all() or sources[7] == sources[8]
     few = identify_sources(summaries[[0, 1]], targets[rows[:2]], [sources[row] for row in rows[:2]])
     assert (few.ranks <= found.ranks[:2]).all()  # more rivals never help
+
+
+def test_figures_in_pools_equal_their_means_over_all_pools() -> None:
+    found = Identification(np.array([1, 2, 5, 8, 3]), num_sources=8, pool=8)
+    pools = list(itertools.combinations(range(7), 3))  # three of seven others; the first rank - 1 are nearer
+    ranks = np.array([[1 + sum(other < rank - 1 for other in pool) for pool in pools] for rank in found.ranks])
+    few = found.among(4)
+    assert few.mrr == pytest.approx((1 / ranks).mean())
+    assert [few.top(count) for count in (1, 2, 3)] == pytest.approx([(ranks <= count).mean() for count in (1, 2, 3)])
+    assert few.top(4) == few.top_5 == 1.0
+    assert few.chance == 1 / 4 and few.chance_mrr == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    every = Identification(np.arange(1, 9), num_sources=8, pool=4)  # each rank once, which is what chance gives
+    assert (every.top_1, every.mrr) == (pytest.approx(every.chance), pytest.approx(every.chance_mrr))
+
+
+def test_a_pool_of_all_sources_or_more_is_all_sources() -> None:
+    found = Identification(np.array([1, 2, 5, 8, 3]), num_sources=8, pool=8)
+    assert found.among(100).pool == 8
+    assert (found.top_1, found.top_5) == (pytest.approx(0.2), pytest.approx(0.8))
+    assert found.mrr == pytest.approx(np.mean(1 / found.ranks))
 
 
 def test_rows_of_the_own_source_do_not_compete_in_a_larger_pool() -> None:
@@ -164,7 +185,7 @@ def test_a_scorecard_holds_every_system_on_the_same_samples(card: Scorecard) -> 
     assert card[COPY].p_copy == 1.0 and card[TRUE].p_copy == card[COPY].p_value
     text = card.to_text()
     assert all(name in text for name in names) and "chance, 1 of 24" in text and "top-1 of 24" in text
-    # All of the split was sampled, so that both pools are the same.
+    # The split has no more sources than a pool, so that both are the same.
     assert (frame["reference_mrr"] == frame["reference_all_mrr"]).all()
     assert (frame["source_mrr"] == frame["source_all_mrr"]).all()
 
@@ -177,7 +198,8 @@ class ShortCut:
         return BERTScores(same, same, same)
 
 
-def test_a_scorecard_ranks_among_the_samples_and_among_the_whole_split() -> None:
+def test_a_scorecard_ranks_in_pools_and_among_the_whole_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elmlib.scorecard.POOL", 6)
     rng = np.random.default_rng(7)
     references = [f"text {row}" for row in range(30)]
     vectors = dict(zip([*references, "noise a", "noise b"], rng.normal(size=(32, 6)), strict=True))
@@ -194,21 +216,21 @@ def test_a_scorecard_ranks_among_the_samples_and_among_the_whole_split() -> None
     card = score_systems(systems, ShortCut(), embed, references, embeddings, sources, rows)
     assert embedded[0] == references and len(embedded) == 3  # the split's references once, then each system's own
     given = np.stack([vectors[text] if text else np.zeros(6) for text in predictions])
-    pool, own = np.stack([vectors[text] for text in references]), [sources[row] for row in rows]
+    pool = np.stack([vectors[text] for text in references])
     found = card["adapter"]
     for part, targets in (("reference", pool), ("source", embeddings)):
-        few, every = getattr(found, f"by_{part}"), getattr(found, f"by_{part}_all")
-        assert few.ranks.tolist() == naive_ranks(given, targets[rows], own)
+        every = getattr(found, f"by_{part}")
         assert every.ranks.tolist() == naive_ranks(given, targets, sources, rows)
-        assert (few.num_sources, every.num_sources) == (5, 15)
-    assert card["copy"].by_reference_all.top_1 == 1.0
+        assert every.num_sources == every.pool == 15
+    assert card["copy"].by_reference.top_1 == 1.0
     assert found.f1.tolist() == [1, 0, 0, 0, 0]
     assert np.isnan(found.p_copy)  # no system is named as the copy
     frame = card.to_frame()
     assert frame.loc["adapter", "reference_all_chance"] == pytest.approx(1 / 15)
-    assert frame.loc["adapter", "source_all_top_1"] == found.by_source_all.top_1
+    assert frame.loc["adapter", "source_all_top_1"] == found.by_source.top_1
+    assert frame.loc["adapter", "source_top_1"] == found.by_source.among(6).top_1 > found.by_source.top_1
     header, *_, chance = card.to_text().splitlines()
-    assert "top-1 of 15" in header and chance.split()[-1] == "0.067"
+    assert "top-1 of 15" in header and "chance, 1 of 6" in chance and chance.split()[-1] == "0.067"
     assert max(map(len, card.to_text().splitlines())) <= 120
 
 
