@@ -105,6 +105,6 @@ def test_the_analysis_shows_every_picture_and_leaves_a_scorecard(
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     assert pictures == 4 + ablated  # curves, scorecard, ranks, similarities
     assert ("elm ablate" in printed) is not ablated
-    assert "chance, 1 of 6" in printed and "top-1 of 24" in printed and "worst: F1" in printed
+    assert "chance, 1 of 24" in printed and "top-1 of 24" in printed and "worst: F1" in printed
     assert ("best of 2 candidates" in printed) is ablated
     assert (run / "scorecard_val.png").read_bytes().startswith(b"\x89PNG")
