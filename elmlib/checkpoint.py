@@ -54,6 +54,8 @@ class RunState:
     """Whether this epoch has brought a new best."""
     stale_epochs: int = 0
     """Epochs in a row without a new best."""
+    stopped: str = ""
+    """Why the run was ended before its time; empty where it was not."""
     loss_mean: float = 0.0
     """Running mean of the training loss, for the spike check; 0 before the first step."""
     train_seconds: float = 0.0

@@ -17,11 +17,15 @@ import tyro
 from elmlib.commands import (
     AblateConfig,
     CorpusConfig,
+    DashboardConfig,
     DemoConfig,
     EvaluateConfig,
     FilterConfig,
     GenerateConfig,
+    ReapConfig,
     ReportConfig,
+    StudyConfig,
+    StudyDemoConfig,
 )
 from elmlib.config import SummaryTrainingConfig
 
@@ -111,12 +115,48 @@ def ablate(config: AblateConfig) -> None:
     print(f"{run_ablation(config)}\ntable and picture: {config.output_dir}/ablation.*")
 
 
+def study(config: StudyConfig) -> None:
+    """Search hyperparameters: each trial is an executed notebook; killed, the study goes on where it was."""
+    from elmlib.study import report, run_study, submit_workers
+
+    if config.slurm:
+        jobs = submit_workers(config)
+        print(f"workers submitted: {', '.join(jobs)}\nto watch them: elm dashboard --study-name {config.study_name}")
+        return
+    print(report(run_study(config), config))
+
+
+def dashboard(config: DashboardConfig) -> None:
+    """Watch a study in a browser, with each trial's curves, summaries and notebook."""
+    from elmlib.study import serve_dashboard
+
+    print(f"http://127.0.0.1:{config.port}/dashboard  (Ctrl-C ends it)", flush=True)
+    serve_dashboard(config)
+
+
+def reap(config: ReapConfig) -> None:
+    """Fail the trials of a study whose worker is gone, and put them back into the queue."""
+    from elmlib.study import reap_study
+
+    lost = reap_study(config)
+    print(f"{len(lost)} trials had lost their worker" + (f": {', '.join(map(str, lost))}" if lost else ""))
+
+
 def demo(config: DemoConfig) -> None:
     """Run notebooks 00 to 02 through papermill, from docstrings to summaries written from their vectors."""
     from elmlib.demo import demo_stages, report, run_stages
 
     run_stages(demo_stages(config), config.output_dir, Path("notebooks"))
     print(f"\n{report(config.output_dir)}")
+
+
+def study_demo(config: StudyDemoConfig) -> None:
+    """Run a small study, its trials and its analysis through papermill: notebooks 00, 01, 03 and 04."""
+    from elmlib.demo import run_stages, study_stages
+
+    notebooks = Path("notebooks")
+    run_stages(study_stages(config, notebooks), config.output_dir, notebooks)
+    print(f"\nanalysis: {config.output_dir / '04_analysis.ipynb'}")
 
 
 class Command(NamedTuple):
@@ -145,7 +185,11 @@ COMMANDS = {
         ReportConfig, report, "elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8"
     ),
     "ablate": Command(AblateConfig, ablate, "elm ablate --train-seconds 150 --seeds 3"),
+    "study": Command(StudyConfig, study, "elm study --trials 50 --jobs 2 --timeout 24"),
+    "dashboard": Command(DashboardConfig, dashboard, "elm dashboard"),
+    "reap": Command(ReapConfig, reap, "elm reap"),
     "demo": Command(DemoConfig, demo, "elm demo"),
+    "study-demo": Command(StudyDemoConfig, study_demo, "elm study-demo"),
 }  # fmt: skip
 
 

@@ -121,6 +121,9 @@ class SummaryTrainingConfig:
     """Texts per call of BERTScore's encoder, at least 1."""
     eval_interval: int = 250
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
+    evals_per_epoch: int = 0
+    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So a study compares its trials
+    at equal shares of the data, whatever their batch size."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
     eval_first: bool = True
@@ -165,6 +168,8 @@ class SummaryTrainingConfig:
     """wandb project."""
     wandb_run_name: str = ""
     """wandb run name; empty lets wandb choose."""
+    wandb_group: str = ""
+    """wandb group, which a study gives to all of its trials."""
     log_level: LogLevel = "INFO"
     """Least severity of messages on standard error."""
 
@@ -182,6 +187,7 @@ class SummaryTrainingConfig:
         for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "teacher_kl_weight", "num_workers"):
             require(self, name, 0)
         require(self, "max_train_seconds", 0)
+        require(self, "evals_per_epoch", 0)
         require(self, "pretrain_epochs", 0)
         require(self, "max_seq_length", 8)
         require(self, "dropout_rate", 0, 0.999)
@@ -254,6 +260,7 @@ _INDIFFERENT = frozenset(
         "use_wandb",
         "wandb_project",
         "wandb_run_name",
+        "wandb_group",
         "log_level",
     }
 )

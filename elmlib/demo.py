@@ -6,13 +6,12 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from elmlib.commands import DemoConfig
+from elmlib.commands import DemoConfig, StudyDemoConfig
+from elmlib.execution import Value, execute_notebook
 from elmlib.records import write_json
 from elmlib.tables import sample_table, score_table
 
 logger = logging.getLogger(__name__)
-
-Value = str | int | float | bool
 
 
 class Stage(NamedTuple):
@@ -48,24 +47,10 @@ def run_stages(stages: list[Stage], folder: Path, notebooks: Path) -> None:
         # A stage that knows how to go on is told to, but only behind a stop of this very stage.
         resume = {"resume_from": "latest"} if same and "resume_from" in stage.parameters else {}
         print(f"{stage.notebook}: running{' on from where it stopped' if resume else ''}", flush=True)
-        _execute(source, folder / f"{stage.notebook}.ipynb", stage.parameters | resume)
+        execute_notebook(source, folder / f"{stage.notebook}.ipynb", stage.parameters | resume)
         if not stage.result.is_file():
             raise FileNotFoundError(f"{source} ran to its end but left no {stage.result}")
         write_json(about, {"key": key, "finished": True})
-
-
-def _execute(source: Path, output: Path, parameters: dict[str, Value]) -> None:
-    import papermill
-    from jupyter_client.manager import AsyncKernelManager
-
-    class FileSocketKernels(AsyncKernelManager):
-        """Kernels on sockets of the file system: nothing to eavesdrop on, and no clash of ports between runs."""
-
-        transport = "ipc"
-
-    papermill.execute_notebook(
-        str(source), str(output), parameters, kernel_name="python3", kernel_manager_class=FileSocketKernels
-    )
 
 
 def _library_digest() -> str:
@@ -77,20 +62,6 @@ def _library_digest() -> str:
 def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> list[Stage]:
     """Corpus, filter and training of the demo; `extra` are further parameters of the training notebook."""
     folder, data = config.output_dir, config.output_dir / "data"
-    corpus: dict[str, Value] = {
-        "output_dir": f"{data}/synthesis",
-        "output_embeddings_dir": f"{data}/embeddings",
-        "limit": config.limit,
-        "val_fraction": 0.05,
-        "test_fraction": 0.05,
-        "embedding_batch_size": 8,
-    }
-    filtered: dict[str, Value] = {
-        "input_dir": f"{data}/synthesis",
-        "input_embeddings_dir": f"{data}/embeddings",
-        "output_dir": f"{data}/summary_filtered/synthesis",
-        "output_embeddings_dir": f"{data}/summary_filtered/embeddings",
-    }
     train: dict[str, Value] = {
         "data_dir": f"{data}/summary_filtered",
         "checkpoint_dir": str(folder),
@@ -99,10 +70,56 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "eval_interval": config.eval_interval,
         "resume_from": "",
     }
+    return [*_data_stages(data, config.limit, 0.05), Stage("02_train", train | (extra or {}), folder / "result.json")]
+
+
+def _data_stages(data: Path, limit: int, held_out: float) -> list[Stage]:
+    """Corpus and filter; `held_out` is the share of the pairs for validation, and again for the test."""
+    corpus: dict[str, Value] = {
+        "output_dir": f"{data}/synthesis",
+        "output_embeddings_dir": f"{data}/embeddings",
+        "limit": limit,
+        "val_fraction": held_out,
+        "test_fraction": held_out,
+        "embedding_batch_size": 8,
+    }
+    filtered: dict[str, Value] = {
+        "input_dir": f"{data}/synthesis",
+        "input_embeddings_dir": f"{data}/embeddings",
+        "output_dir": f"{data}/summary_filtered/synthesis",
+        "output_embeddings_dir": f"{data}/summary_filtered/embeddings",
+    }
     return [
         Stage("00_build_corpus", corpus, data / "synthesis" / "corpus.json"),
         Stage("01_filter_summaries", filtered, data / "summary_filtered" / "synthesis" / "filter_report.json"),
-        Stage("02_train", train | (extra or {}), folder / "result.json"),
+    ]
+
+
+def study_stages(config: StudyDemoConfig, notebooks: Path, extra: dict[str, Value] | None = None) -> list[Stage]:
+    """Corpus, filter, study and analysis; `extra` are further parameters of the study's notebook."""
+    folder, data = config.output_dir, config.output_dir / "data"
+    study: dict[str, Value] = {
+        "study_name": "study",
+        "data_dir": f"{data}/summary_filtered",
+        "checkpoint_dir": str(folder),
+        "trials": config.trials,
+        "jobs": config.jobs,
+        "eval_samples": config.eval_samples,
+        "evals_per_epoch": config.evals_per_epoch,
+        "notebook": str(notebooks / "02_train.ipynb"),
+    }
+    analysis: dict[str, Value] = {
+        "study_name": "study",
+        "study_dir": str(folder),
+        "data_dir": f"{data}/summary_filtered",
+        "split": "test",
+        "samples": config.eval_samples,
+        "candidates": 0,
+    }
+    return [
+        *_data_stages(data, config.limit, 0.1),
+        Stage("03_study", study | (extra or {}), folder / "study" / "study_results.json"),
+        Stage("04_analysis", analysis, folder / "04_analysis.ipynb"),
     ]
 
 

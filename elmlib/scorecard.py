@@ -1,7 +1,7 @@
 """One table: every system's scores with confidence intervals, and how sure its distance to the adapter is."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from elmlib.bertscore import BERTScoreEvaluator
-from elmlib.checkpoint import load_adapter
+from elmlib.checkpoint import AdapterFile, load_adapter
+from elmlib.config import SummaryTrainingConfig
 from elmlib.controls import COPY, TRUE, System, list_systems
-from elmlib.data import load_split
+from elmlib.data import Split, load_split
 from elmlib.decoding import Sampling
 from elmlib.evaluation import cosine_rows, embed_predictions
 from elmlib.identification import POOL, Identification, identify_sources
@@ -21,7 +22,7 @@ from elmlib.quality import bertscore_means, quality_metrics
 from elmlib.records import atomic_path
 from elmlib.significance import Interval, bootstrap_interval, permutation_p
 from elmlib.tracking import bars_are_seen
-from elmlib.workbench import prepare
+from elmlib.workbench import Workbench, prepare
 
 if TYPE_CHECKING:
     import pandas
@@ -176,14 +177,49 @@ def score_checkpoint(
     config = replace(file.config, summary_data_path=data_dir)
     bench = prepare(config, device)
     fresh = bench.elm
-    trained = make_adapter(config, fresh.table)
-    trained.load_state_dict(file.weights)
-    bench = bench.with_adapter(trained.to(device).eval())
+    bench = _with_trained(bench, file, device)
     fresh.adapter.eval()
-    split = {"train": bench.train, "val": bench.val}.get(split_name) or load_split(config, split_name, fresh.tokenizer)
-    rows = split.subset(samples or len(split), config.seed)
+    split, rows = _sample(bench, config, split_name, samples)
+    systems = list_systems(bench, fresh, split, rows, config, device, sampling)
+    return _score(systems, bench, split, rows)
+
+
+def score_adapters(
+    checkpoints: Mapping[str, Path], data_dir: str, split_name: str, samples: int, device: "torch.device"
+) -> Scorecard:
+    """Adapters of one study beside each other, the first with its shuffled control, to be read as `score_checkpoint`.
+
+    All have to be of the same models; ValueError where they are not.
+    """
+    files = {name: load_adapter(path) for name, path in checkpoints.items()}
+    config = replace(next(iter(files.values())).config, summary_data_path=data_dir)
+    for name, file in files.items():
+        if file.config.llm_model_name != config.llm_model_name:
+            raise ValueError(f"{name} is of {file.config.llm_model_name}, the first of {config.llm_model_name}")
+    bench = prepare(config, device)
+    split, rows = _sample(bench, config, split_name, samples)
+    systems: list[System] = []
+    for name, file in files.items():
+        own = list_systems(_with_trained(bench, file, device), bench.elm, split, rows, config, device)
+        systems += [own[0]._replace(name=name)] + ([own[1]] if not systems else [])
+    return _score(systems, bench, split, rows)
+
+
+def _with_trained(bench: Workbench, file: AdapterFile, device: "torch.device") -> Workbench:
+    adapter = make_adapter(file.config, bench.elm.table)
+    adapter.load_state_dict(file.weights)
+    return bench.with_adapter(adapter.to(device).eval())
+
+
+def _sample(bench: Workbench, config: SummaryTrainingConfig, split_name: str, samples: int) -> tuple[Split, list[int]]:
+    split = {"train": bench.train, "val": bench.val}.get(split_name)
+    split = split or load_split(config, split_name, bench.elm.tokenizer)
+    return split, split.subset(samples or len(split), config.seed)
+
+
+def _score(systems: Sequence[System], bench: Workbench, split: Split, rows: Sequence[int]) -> Scorecard:
     return score_systems(
-        list_systems(bench, fresh, split, rows, config, device, sampling),
+        systems,
         bench.evaluator,
         bench.embed,
         [record.target_text for record in split.records],

@@ -108,6 +108,7 @@ class WandbLog:
         self._run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name or None,
+            group=config.wandb_group or None,
             dir=config.checkpoint_dir,
             config=config.identity(),
         )

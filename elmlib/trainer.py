@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -46,22 +46,32 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: SummaryTrainingConfig, trackers: Sequence[Tracker] = (), bench: Workbench | None = None
+    config: SummaryTrainingConfig,
+    trackers: Sequence[Tracker] = (),
+    bench: Workbench | None = None,
+    stop: Callable[[], str] = str,
 ) -> TrainResult:
     """Train an adapter, or go on where `config.resume_from` stopped; both end in the same bytes on a CPU.
 
     `trackers` see every row beside the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases. `bench`,
-    of an earlier run on the same models and data, lends its frozen parts; its adapter stays as it is.
+    of an earlier run on the same models and data, lends its frozen parts; its adapter stays as it is. `stop` is asked
+    after each evaluation: its reason ends the run there, saved; empty lets it go on.
     Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
     """
-    return _Run(config, trackers, bench).finish()
+    return _Run(config, trackers, bench, stop).finish()
 
 
 class _Run:
     """One run: what changes while it trains, in one place, so that all of it goes into a checkpoint."""
 
-    def __init__(self, config: SummaryTrainingConfig, trackers: Sequence[Tracker], bench: Workbench | None):
-        self.config, self.extra = config, trackers
+    def __init__(
+        self,
+        config: SummaryTrainingConfig,
+        trackers: Sequence[Tracker],
+        bench: Workbench | None,
+        stop: Callable[[], str],
+    ):
+        self.config, self.extra, self.stop = config, trackers, stop
         self.accelerator = Accelerator()
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
@@ -80,7 +90,7 @@ class _Run:
         self.state = RunState()
         if found:
             checkpoint.check_same_run(found, config, self.fingerprint)
-            self.state = checkpoint.load_run(found, self.adapter, optimizer)
+            self.state = replace(checkpoint.load_run(found, self.adapter, optimizer), stopped="")
             logger.info("resumed from %s", found)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
@@ -98,7 +108,7 @@ class _Run:
         with self._trackers() as self.trackers:
             if self.state.step == 0 and self.config.eval_first:
                 self._evaluate(epoch_ends=False)
-            while self.state.epoch < self.epochs and not self._is_stale() and not self._is_out_of_time():
+            while self.state.epoch < self.epochs and not self._is_over():
                 self._epoch()
         metrics = dict(self.state.best_values) | {
             "train_seconds": self.state.train_seconds,
@@ -109,7 +119,8 @@ class _Run:
             "too_long": self.bench.train.too_long + self.bench.val.too_long,
         }
         if self.accelerator.is_main_process:
-            write_json(self.folder / "result.json", metrics | {"bertscore_hash": self.bench.evaluator.hash})
+            told = {"bertscore_hash": self.bench.evaluator.hash, "stopped": self.state.stopped}
+            write_json(self.folder / "result.json", metrics | told)
         last = self.folder / f"adapter_step_{self.state.step}.safetensors"
         return TrainResult(self.folder / BEST, last, metrics)
 
@@ -144,13 +155,19 @@ class _Run:
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            evaluates = ends or self.state.step % self.config.eval_interval == 0
+            evaluates = ends or self._is_eval_due()
             if evaluates:
                 self._evaluate(epoch_ends)
             if evaluates or self.state.step % self.config.save_interval == 0:
                 self._save()
-            if ends:
+            if ends or self.state.stopped:
                 break
+
+    def _is_eval_due(self) -> bool:
+        if not (count := self.config.evals_per_epoch):
+            return self.state.step % self.config.eval_interval == 0
+        done, all_windows = self.state.window, self.windows_per_epoch[self.state.epoch]
+        return done * count // all_windows > (done - 1) * count // all_windows
 
     def _step(self, stage: Workbench, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over all batches of a window, each loss a sum over the window divided by its count."""
@@ -227,6 +244,7 @@ class _Run:
             if told := drift_warning(state.history):
                 logger.warning("step %d: %s; the best adapter is that of step %d", state.step, told, state.best_step)
             self.trackers.log(Row("eval", state.step, self._epochs_done(), values))
+            state = replace(state, stopped=self.stop())
             if values["bertscore_composite"] > state.best_composite:
                 self._keep_best(result)
                 state = replace(
@@ -241,6 +259,8 @@ class _Run:
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
+        if self.state.stopped:
+            logger.warning("step %d: stopped: %s", self.state.step, self.state.stopped)
 
     def _keep_best(self, result: Validation) -> None:
         checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)
@@ -250,6 +270,9 @@ class _Run:
         if self.accelerator.is_main_process:
             checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, self.config, self.fingerprint)
         self.accelerator.wait_for_everyone()
+
+    def _is_over(self) -> bool:
+        return self._is_stale() or self._is_out_of_time() or bool(self.state.stopped)
 
     def _is_stale(self) -> bool:
         return self.state.stale_epochs >= self.config.early_stopping_patience
