@@ -142,7 +142,7 @@ class Worker:
     def _describe(self, trial: optuna.Trial, folder: Path, settings: SummaryTrainingConfig) -> None:
         """Write what the trial's process and notebook need; an attempt that was cut short lends what it had done."""
         folder.mkdir(parents=True, exist_ok=True)
-        before = trial.system_attrs.get("retry_history", [])
+        before = self.storage.get_trial(trial._trial_id).system_attrs.get("retry_history", [])
         if before:
             take_over(trial_folder(self.config, before[-1]), folder)
         (folder / "settings.json").write_text(settings.to_json(), encoding="utf-8")
