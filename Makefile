@@ -28,7 +28,7 @@ demo: .venv/.installed
 # The whole corpus: about an hour and a half on 2 cores, an hour of it training; then all controls on the test split.
 demo-long: .venv/.installed
 	$(BIN)/elm demo --output-dir papermill_runs/demo-long --limit 0 --epochs 2 --batch-size 16 \
-		--eval-interval 600
+		--evals-per-epoch 3
 	$(BIN)/elm report --checkpoint papermill_runs/demo-long/best_summary_model.safetensors \
 		--data-dir papermill_runs/demo-long/data/summary_filtered --split test --samples 300 --candidates 8 \
 		--output papermill_runs/demo-long/scorecard_test.csv

@@ -180,18 +180,18 @@ class DemoConfig:
 
     output_dir: Path = Path("papermill_runs/demo")
     """Folder for the executed notebooks, the data and the run."""
-    limit: int = 4600
+    limit: int = 4200
     """Pairs of text and summary, over all splits, nine in ten of them for training; 0 takes all."""
     epochs: int = 2
     """Passes over the training pairs."""
     batch_size: int = 8
     """Pairs per optimizer step: a large batch is faster per pair, a small one learns more from it."""
-    eval_interval: int = 259
-    """Optimizer steps between evaluations."""
+    evals_per_epoch: int = 2
+    """Evaluations per epoch."""
 
     def __post_init__(self) -> None:
         require(self, "limit", 0)
-        for name in ("epochs", "batch_size", "eval_interval"):
+        for name in ("epochs", "batch_size", "evals_per_epoch"):
             require(self, name, 1)
 
 

@@ -121,6 +121,9 @@ class SummaryTrainingConfig:
     """Texts per call of BERTScore's encoder, at least 1."""
     eval_interval: int = 250
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
+    evals_per_epoch: int = 0
+    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So a study compares its trials
+    at equal shares of the data, whatever their batch size."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
     eval_first: bool = True
@@ -182,6 +185,7 @@ class SummaryTrainingConfig:
         for name in ("weight_decay", "contrastive_weight", "text_drift_weight", "teacher_kl_weight", "num_workers"):
             require(self, name, 0)
         require(self, "max_train_seconds", 0)
+        require(self, "evals_per_epoch", 0)
         require(self, "pretrain_epochs", 0)
         require(self, "max_seq_length", 8)
         require(self, "dropout_rate", 0, 0.999)

@@ -144,13 +144,19 @@ class _Run:
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            evaluates = ends or self.state.step % self.config.eval_interval == 0
+            evaluates = ends or self._is_eval_due()
             if evaluates:
                 self._evaluate(epoch_ends)
             if evaluates or self.state.step % self.config.save_interval == 0:
                 self._save()
             if ends:
                 break
+
+    def _is_eval_due(self) -> bool:
+        if not (count := self.config.evals_per_epoch):
+            return self.state.step % self.config.eval_interval == 0
+        done, all_windows = self.state.window, self.windows_per_epoch[self.state.epoch]
+        return done * count // all_windows > (done - 1) * count // all_windows
 
     def _step(self, stage: Workbench, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over all batches of a window, each loss a sum over the window divided by its count."""
