@@ -122,8 +122,8 @@ class SummaryTrainingConfig:
     eval_interval: int = 250
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
     evals_per_epoch: int = 0
-    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So a study compares its trials
-    at equal shares of the data, whatever their batch size."""
+    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So runs are compared at
+    equal shares of the data, whatever their batch size."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
     eval_first: bool = True

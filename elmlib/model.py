@@ -108,14 +108,14 @@ class Elm:
         """
         generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
         cache = DynamicCache(config=self.llm.config) if cache is None else cache
-        last = torch.tensor(ends, device=embeds.device)
+        end_ids = torch.tensor(ends, device=embeds.device)
         rows, said = torch.arange(len(embeds), device=embeds.device), [[] for _ in range(len(embeds))]
         for _ in range(max_new_tokens):
             output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 said[row].append(token)
-            going = (~torch.isin(tokens, last)).nonzero().squeeze(-1)
+            going = (~torch.isin(tokens, end_ids)).nonzero().squeeze(-1)
             if not len(going):
                 break
             if len(going) < len(rows):
