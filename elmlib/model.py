@@ -81,7 +81,7 @@ class Elm:
         embeds, cache = self._place(batch.prompt, soft, self._embed(answer))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
         self.llm.train(not self._share_prefix and torch.is_grad_enabled())
-        output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=cache is not None)
         return Reading(soft, output.last_hidden_state[:, -batch.labels.shape[1] :])
 
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
@@ -111,7 +111,7 @@ class Elm:
         end_ids = torch.tensor(ends, device=embeds.device)
         rows, said = torch.arange(len(embeds), device=embeds.device), [[] for _ in range(len(embeds))]
         for _ in range(max_new_tokens):
-            output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
             tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 said[row].append(token)
@@ -163,7 +163,7 @@ class Elm:
         cache = copy.deepcopy(self._prefix(prompt.before).cache) if self._share_prefix else None
         if cache is not None:
             cache.batch_repeat_interleave(len(ids))
-            output = self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
         else:
             prefix = torch.tensor(prompt.before, device=ids.device).expand(len(ids), -1)
             output = self.llm.base_model(input_ids=torch.cat([prefix, ids], dim=1), use_cache=False)
@@ -204,7 +204,7 @@ class Elm:
             ids = torch.tensor([before], device=self.table.device)
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
-                self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+                self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
             self._prefixes[key] = Prefix(self._embed(ids), cache)
         return self._prefixes[key]
 
