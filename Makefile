@@ -32,7 +32,7 @@ demo: .venv/.installed
 
 # The whole corpus: about an hour and a half on 2 cores, 55 minutes of it training; then all controls on the test split.
 demo-long: .venv/.installed
-	$(BIN)/elm demo --output-dir papermill_runs/demo-long --limit 0 --epochs 2 --batch-size 16 \
+	$(BIN)/elm demo --output-dir papermill_runs/demo-long --limit 0 --epochs 2 --learning-rate 1e-3 \
 		--evals-per-epoch 3
 	$(BIN)/elm report --checkpoint papermill_runs/demo-long/best_summary_model.safetensors \
 		--data-dir papermill_runs/demo-long/data/summary_filtered --split test --samples 500 --candidates 8 \

@@ -68,9 +68,9 @@ class SummaryTrainingConfig:
     """Passes before the summary stage in which the target is the text's own beginning; needs source_text."""
     pretrain_tokens: int = 32
     """Tokens of that beginning, at least 1."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.6e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Rows per forward pass; the guide searches 4, 8, 16."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step; the guide searches 2, 4, 8."""

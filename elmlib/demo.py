@@ -96,6 +96,7 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "checkpoint_dir": str(folder),
         "epochs": config.epochs,
         "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
         "evals_per_epoch": config.evals_per_epoch,
         "resume_from": "",
     }
