@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elmlib.config import OFFLINE_EMBEDDER, require
+from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig, require
 
 
 @dataclass(frozen=True)
@@ -299,19 +299,22 @@ class DemoConfig:
 
     output_dir: Path = Path("papermill_runs/demo")
     """Folder for the executed notebooks, the data and the run."""
-    limit: int = 8000
+    limit: int = 5200
     """Pairs of text and summary, over all splits, nine in ten of them for training; 0 takes all."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes over the training pairs."""
-    batch_size: int = 8
+    batch_size: int = SummaryTrainingConfig.batch_size
     """Pairs per optimizer step: a large batch is faster per pair, a small one learns more from it."""
-    eval_interval: int = 225
-    """Optimizer steps between evaluations."""
+    learning_rate: float = SummaryTrainingConfig.learning_rate
+    """Peak learning rate; a longer run wants a lower one."""
+    evals_per_epoch: int = 2
+    """Evaluations per epoch."""
 
     def __post_init__(self) -> None:
         require(self, "limit", 0)
-        for name in ("epochs", "batch_size", "eval_interval"):
+        for name in ("epochs", "batch_size", "evals_per_epoch"):
             require(self, name, 1)
+        require(self, "learning_rate", 1e-12)
 
 
 @dataclass(frozen=True)

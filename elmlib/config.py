@@ -68,9 +68,9 @@ class SummaryTrainingConfig:
     """Passes before the summary stage in which the target is the text's own beginning; needs source_text."""
     pretrain_tokens: int = 32
     """Tokens of that beginning, at least 1."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.6e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Rows per forward pass; the guide searches 4, 8, 16."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step; the guide searches 2, 4, 8."""
@@ -122,8 +122,8 @@ class SummaryTrainingConfig:
     eval_interval: int = 250
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
     evals_per_epoch: int = 0
-    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So a study compares its trials
-    at equal shares of the data, whatever their batch size."""
+    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So runs are compared at
+    equal shares of the data, whatever their batch size."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
     eval_first: bool = True

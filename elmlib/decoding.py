@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 NUCLEUS_TOKENS = 512
 """Most tokens that a nucleus holds; at the default temperature the 95% nucleus of an LLM has far fewer."""
@@ -21,20 +20,22 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-class Nucleus(LogitsProcessor):
+def nucleus(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Nucleus sampling (Holtzman et al., ICLR 2020): the most probable tokens whose probabilities reach `top_p`.
 
-    transformers sorts the whole vocabulary for it, which takes longer than the LLM's own step; here only the
-    NUCLEUS_TOKENS most probable tokens are looked at.
+    logits (rows, vocab) float32 -> probabilities at the temperature, 0 outside the nucleus, and token ids, both
+    (rows, k). Instead of sorting the whole vocabulary, only its NUCLEUS_TOKENS most probable tokens are looked at.
     """
+    logits = logits / sampling.temperature
+    top, ids = logits.topk(min(NUCLEUS_TOKENS, logits.shape[-1]))
+    probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p  # the token that reaches top_p is inside
+    return probabilities.masked_fill(outside, 0.0), ids
 
-    def __init__(self, sampling: Sampling):
-        self.temperature, self.top_p = sampling.temperature, sampling.top_p
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (rows, vocab) -> the same over the temperature, -inf outside each row's nucleus."""
-        scores = scores / self.temperature
-        top, ids = scores.topk(min(NUCLEUS_TOKENS, scores.shape[-1]))
-        probabilities = (top - scores.logsumexp(-1, keepdim=True)).exp()
-        outside = probabilities.cumsum(-1) - probabilities >= self.top_p  # the token that reaches top_p is inside
-        return torch.full_like(scores, float("-inf")).scatter(-1, ids, top.masked_fill(outside, float("-inf")))
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One token for each row of logits (rows, vocab) float32: (rows,); the best one at temperature 0."""
+    if not sampling.temperature:
+        return logits.argmax(-1)
+    probabilities, ids = nucleus(logits, sampling)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

@@ -67,7 +67,8 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "checkpoint_dir": str(folder),
         "epochs": config.epochs,
         "batch_size": config.batch_size,
-        "eval_interval": config.eval_interval,
+        "learning_rate": config.learning_rate,
+        "evals_per_epoch": config.evals_per_epoch,
         "resume_from": "",
     }
     return [*_data_stages(data, config.limit, 0.05), Stage("02_train", train | (extra or {}), folder / "result.json")]

@@ -46,6 +46,8 @@ class Identification:
 
     def top(self, count: int) -> float:
         """Share of summaries whose own source is among the nearest `count`, 0 to 1."""
+        if self.pool == self.num_sources:  # the only pool there is; exact, where the distribution is so to 15 digits
+            return float((self.ranks <= count).mean())
         return float(hypergeom.cdf(count - 1, self.num_sources - 1, self.ranks - 1, self.pool - 1).mean())
 
     @property

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from elmlib.adapter import EmbeddingAdapter, token_embedding_rms
 from elmlib.config import SoftTokenPlace, SummaryTrainingConfig
 from elmlib.data import Batch, PromptBatch
-from elmlib.decoding import Nucleus, Sampling
+from elmlib.decoding import Sampling, draw
 from elmlib.prompts import PromptIds
 
 
@@ -81,7 +81,7 @@ class Elm:
         embeds, cache = self._place(batch.prompt, soft, self._embed(answer))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
         self.llm.train(not self._share_prefix and torch.is_grad_enabled())
-        output = self.llm.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=cache is not None)
         return Reading(soft, output.last_hidden_state[:, -batch.labels.shape[1] :])
 
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
@@ -94,25 +94,35 @@ class Elm:
         self.llm.eval()
         soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
         embeds, cache = self._place(batch.prompt, soft, None)
-        if cache is not None:
-            # All but the last position is read here, without logits: generate() would copy the output layer's weight
-            # for every row. It wants embeddings and mask of full length and skips what the cache holds.
-            if embeds.shape[1] > 1:  # a lone soft token at the beginning of the answer is the last position itself
-                self.llm.base_model(inputs_embeds=embeds[:, :-1], past_key_values=cache, use_cache=True)
-            before = self._prefix(batch.prompt.around(self.place)[0]).embeds
-            embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        with torch.random.fork_rng(devices=[embeds.device] if embeds.is_cuda else []):
-            torch.manual_seed(sampling.seed)
-            ids = self.llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=self._decoding(batch.prompt, max_new_tokens, bool(sampling.temperature)),
-                logits_processor=[Nucleus(sampling)] if sampling.temperature else [],
-            )
-        texts = self._texts(batch.prompt, ids)
+        said = self._decode(embeds, cache, self._ends(batch.prompt), max_new_tokens, sampling)
+        texts = self._texts(batch.prompt, said)
         return [texts[start : start + sampling.count] for start in range(0, len(texts), sampling.count)]
+
+    def _decode(
+        self, embeds: Tensor, cache: DynamicCache | None, ends: list[int], max_new_tokens: int, sampling: Sampling
+    ) -> list[list[int]]:
+        """Token ids of each row behind embeds (rows, length, llm_dim) and what `cache` holds.
+
+        transformers' generate() goes on with all rows until the last one has ended, and most summaries are far shorter
+        than the longest: here a row that has ended leaves the batch.
+        """
+        generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
+        cache = DynamicCache(config=self.llm.config) if cache is None else cache
+        end_ids = torch.tensor(ends, device=embeds.device)
+        rows, said = torch.arange(len(embeds), device=embeds.device), [[] for _ in range(len(embeds))]
+        for _ in range(max_new_tokens):
+            output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
+            tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                said[row].append(token)
+            going = (~torch.isin(tokens, end_ids)).nonzero().squeeze(-1)
+            if not len(going):
+                break
+            if len(going) < len(rows):
+                cache.batch_select_indices(going)
+                rows, tokens = rows[going], tokens[going]
+            embeds = self._embed(tokens[:, None])
+        return said
 
     @torch.no_grad()
     def read(self, texts: Sequence[str], prompt: PromptIds, max_new_tokens: int, max_text_tokens: int) -> list[str]:
@@ -130,9 +140,14 @@ class Elm:
         ids = self.llm.generate(
             input_ids=given,
             attention_mask=mask.to(given.device),
-            generation_config=self._decoding(prompt, max_new_tokens, do_sample=False),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self._ends(prompt),
+                pad_token_id=pad,
+                do_sample=False,
+            ),
         )
-        return self._texts(prompt, ids[:, given.shape[1] :])
+        return self._texts(prompt, ids[:, given.shape[1] :].tolist())
 
     @torch.no_grad()
     def reread(self, prompt: PromptIds, texts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
@@ -148,7 +163,7 @@ class Elm:
         cache = copy.deepcopy(self._prefix(prompt.before).cache) if self._share_prefix else None
         if cache is not None:
             cache.batch_repeat_interleave(len(ids))
-            output = self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
         else:
             prefix = torch.tensor(prompt.before, device=ids.device).expand(len(ids), -1)
             output = self.llm.base_model(input_ids=torch.cat([prefix, ids], dim=1), use_cache=False)
@@ -156,21 +171,12 @@ class Elm:
         rows = zip(hidden, given, answers, strict=True)
         return torch.cat([row[len(tokens) - len(answer) : len(tokens)] for row, tokens, answer in rows])
 
-    def _decoding(self, prompt: PromptIds, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self._ends(prompt),
-            pad_token_id=self.tokenizer.eos_token_id,
-            do_sample=do_sample,
-            **({"top_k": 0} if do_sample else {}),  # the default keeps 50
-        )
-
     def _ends(self, prompt: PromptIds) -> list[int]:
         return sorted({prompt.end_of_turn, self.tokenizer.eos_token_id})
 
-    def _texts(self, prompt: PromptIds, ids: Tensor) -> list[str]:
+    def _texts(self, prompt: PromptIds, ids: list[list[int]]) -> list[str]:
         ends = self._ends(prompt)
-        said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
+        said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids]
         return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def _place(self, prompt: PromptIds, soft: Tensor, answer: Tensor | None) -> tuple[Tensor, DynamicCache | None]:
@@ -198,7 +204,7 @@ class Elm:
             ids = torch.tensor([before], device=self.table.device)
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
-                self.llm.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+                self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
             self._prefixes[key] = Prefix(self._embed(ids), cache)
         return self._prefixes[key]
 

@@ -127,7 +127,7 @@ def test_train_generate_and_evaluate_through_the_command(tiny_config: SummaryTra
     card = tmp_path / "out" / "card.csv"
     flags = ["--data-dir", tiny_config.summary_data_path, "--samples", "6", "--output", card]
     table = _elm("report", "--checkpoint", best, *flags)
-    assert "chance, 1 of 6" in table and "top-1 of 24" in table and str(card.with_suffix(".png")) in table
+    assert "chance, 1 of 24" in table and "top-1 of 24" in table and str(card.with_suffix(".png")) in table
     assert card.read_text().startswith("system,") and card.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert best.with_name("curves.png").read_bytes().startswith(b"\x89PNG")
     assert find_split(Path(tiny_config.summary_data_path), "test").records.is_file()

@@ -47,7 +47,7 @@ def test_the_demo_runs_reuses_and_goes_on(tiny_llm: Path, tmp_path: Path) -> Non
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": t, "summary": s}) + "\n" for t, s in sentences(120, 2)))
     folder = tmp_path / "demo"
-    small = {"llm_model": str(tiny_llm), "batch_size": 8, "hidden_dim": 32, "eval_samples": 8, "eval_interval": 6}
+    small = {"llm_model": str(tiny_llm), "batch_size": 8, "hidden_dim": 32, "eval_samples": 8}
 
     def demo() -> str:
         command = [sys.executable, "-c", DEMO, str(folder), str(texts), json.dumps(small)]

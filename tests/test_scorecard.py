@@ -44,8 +44,7 @@ def test_identification_equals_its_naive_twin() -> None:
     found = identify_sources(summaries, targets, sources)
     assert found.ranks.tolist() == naive_ranks(summaries, targets, sources)
     assert found.ranks[3] == found.num_sources == 15
-    assert found.top_1 == pytest.approx(np.mean(found.ranks == 1))
-    assert found.top_5 == pytest.approx(np.mean(found.ranks <= 5))
+    assert found.top_1 == np.mean(found.ranks == 1) and found.top_5 == np.mean(found.ranks <= 5)
     assert found.mrr == pytest.approx(np.mean([1 / rank for rank in found.ranks]))
 
 
@@ -82,7 +81,7 @@ def test_figures_in_pools_equal_their_means_over_all_pools() -> None:
 def test_a_pool_of_all_sources_or_more_is_all_sources() -> None:
     found = Identification(np.array([1, 2, 5, 8, 3]), num_sources=8, pool=8)
     assert found.among(100).pool == 8
-    assert (found.top_1, found.top_5) == (pytest.approx(0.2), pytest.approx(0.8))
+    assert (found.top_1, found.top_5) == (0.2, 0.8)
     assert found.mrr == pytest.approx(np.mean(1 / found.ranks))
 
 

@@ -336,3 +336,11 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(
     found = checkpoint.load_adapter(Path(two.checkpoint_dir) / "adapter_step_6.safetensors").weights
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluations_per_epoch_come_at_equal_shares_of_the_data(tiny_config: SummaryTrainingConfig) -> None:
+    config = replace(tiny_config, evals_per_epoch=3, batch_size=4, gradient_accumulation_steps=1, eval_first=False)
+    folder = train(config).best.parent  # 96 rows, so 24 steps an epoch
+    evals = [row for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"]
+    assert [row.step for row in evals] == [8, 16, 24, 32, 40, 48]
+    assert [row.epoch for row in evals] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
