@@ -25,6 +25,7 @@ from elmlib.config import SummaryTrainingConfig
 from elmlib.notes import publish
 from elmlib.quality import objective
 from elmlib.records import write_json
+from elmlib.results import write_results
 from elmlib.search import begin, trial_settings
 from elmlib.space import load_space
 from elmlib.storage import STORAGE_VARIABLE, turn
@@ -84,7 +85,7 @@ class Worker:
             now = tally(self.study, self.config.max_retries)
             if now.finished >= self.config.trials:
                 return False
-            if now.waiting or now.finished + now.running < self.config.trials:
+            if now.finished + now.running < self.config.trials:  # those that wait come first
                 # A seed of the trial's own: a study that was stopped goes on as if it had not been.
                 self.study.sampler = TPESampler(
                     n_startup_trials=self.config.startup_trials, seed=self.config.seed + now.total
@@ -228,3 +229,5 @@ def work(config: StudyConfig, address: str | None = None, deadline: float = floa
         signal.signal(signal.SIGINT, drain)
         signal.signal(signal.SIGTERM, interrupt)
     worker.run()
+    with turn(worker.storage, config.folder):
+        write_results(worker.study, config)  # on a cluster nobody else is there to do it

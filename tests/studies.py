@@ -1,0 +1,92 @@
+"""What the tests of studies share: a small search space, a stub of a trial, and how a study has to have ended."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import psutil
+from optuna.trial import TrialState
+
+from elmlib.commands import StudyConfig
+from elmlib.tally import last_attempts, outcome_of, tally
+
+ROOT = Path(__file__).parent.parent
+SPACE = """
+learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
+hidden_dim: {choices: [16, 32]}
+batch_size: {choices: [4, 8]}
+gradient_accumulation_steps: {choices: [2, 4]}
+dropout_rate: {low: 0.0, high: 0.3}
+"""
+# A notebook that is as a trial's without a model: what is under test here are workers, kernels and storages.
+STUB = """
+import json, os, time
+from pathlib import Path
+settings = json.loads(Path(settings_file).read_text())
+time.sleep(settings["weight_decay"])
+if settings["spike_factor"] > 90:
+    raise ValueError("no such luck")
+if settings["spike_factor"] > 80:
+    os.kill(os.getpid(), 9)
+score = settings["learning_rate"] * 50
+metrics = {f"{name}{end}": score for name in ("bertscore_composite", "bertscore_f1", "val_nll", "drift_similarity")
+           for end in ("", "_shuffled")}
+metrics |= {"empty_prediction_rate": 0.0, "short_prediction_rate": 0.0, "stopped": ""}
+temporary = Path(trial_dir, "result.tmp")
+temporary.write_text(json.dumps(metrics))
+temporary.rename(Path(trial_dir, "result.json"))
+"""
+
+
+def check_ended_once(study: optuna.Study, config: StudyConfig) -> list[optuna.trial.FrozenTrial]:
+    """Every trial that began has ended, as many as were asked for have for good, and who was run again kept its
+    parameters. Trials to begin with that were never reached may still wait."""
+    trials = [
+        trial
+        for trial in study.get_trials()
+        if trial.state != TrialState.WAITING or "retry_history" in trial.system_attrs
+    ]
+    assert all(trial.state.is_finished() for trial in trials), [trial.state for trial in trials]
+    assert tally(study, config.max_retries).finished == config.trials
+    of_number = {trial.number: trial for trial in trials}
+    for trial in trials:
+        if history := trial.system_attrs.get("retry_history"):
+            before = of_number[history[-1]]
+            assert before.state == TrialState.FAIL
+            assert trial.params.items() >= before.params.items()
+        if trial.state == TrialState.FAIL:
+            assert outcome_of(trial) in ("killed", "failed", "interrupted", "timed out")
+    ended = [trial for trial in last_attempts(trials) if trial.state != TrialState.FAIL]
+    assert len({tuple(sorted(trial.params.items())) for trial in ended}) == len(ended), "one trial was run twice"
+    return trials
+
+
+STUDY = """
+import json, sys
+from pathlib import Path
+from elmlib.commands import StudyConfig
+from elmlib.study import run_study
+values = json.loads(sys.argv[1])
+paths = ("checkpoint_dir", "config", "space", "notebook")
+run_study(StudyConfig(**values | {name: Path(values[name]) for name in paths}))
+"""
+
+
+def start(config: StudyConfig) -> subprocess.Popen:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+    return subprocess.Popen([sys.executable, "-c", STUDY, json.dumps(values)], cwd=ROOT, start_new_session=True)
+
+
+def kernels_and_workers(launcher: subprocess.Popen) -> dict[str, list[psutil.Process]]:
+    found: dict[str, list[psutil.Process]] = {"kernel": [], "worker": [], "trial": []}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            words = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        for name, mark in (("kernel", "ipykernel_launcher"), ("worker", "spawn_main"), ("trial", "elmlib.trial")):
+            if mark in words:
+                found[name].append(process)
+    return found

