@@ -1,4 +1,4 @@
-"""Workers as jobs of a real SLURM, on this machine's loopback, where Debian's slurm-wlm is installed and we are root."""
+"""Workers as jobs of a real SLURM on this machine's loopback, where root has Debian's slurm-wlm."""
 
 import os
 import shutil

@@ -12,11 +12,12 @@ import pytest
 from optuna.trial import TrialState
 from studies import check_ended_once, kernels_and_workers, start
 
+from elmlib import cli
 from elmlib.commands import StudyConfig
 from elmlib.search import begin
 from elmlib.storage import STORAGE_VARIABLE, open_storage
 from elmlib.study import run_study, storage_address
-from elmlib.tally import tally
+from elmlib.tally import WORKER, tally, worker_lock
 
 
 def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -> str:
@@ -123,3 +124,22 @@ def test_workers_of_a_cluster_do_the_study_together(stub_config: StudyConfig) ->
     while tally(study, 2).finished < 4 and time.monotonic() < give_up:
         time.sleep(0.5)
     check_ended_once(study, config)
+
+
+def test_reap_puts_a_lost_trial_back_and_leaves_a_living_one(
+    stub_config: StudyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = begin(stub_config, storage_address(stub_config))
+    lost, living = study.ask(), study.ask()
+    for trial, worker in ((lost, "gone"), (living, "here")):
+        trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+        trial.set_user_attr(WORKER, worker)
+    flags = ["--study-name", stub_config.study_name, "--checkpoint-dir", str(stub_config.checkpoint_dir)]
+    with worker_lock(stub_config.folder, "here"):
+        cli.main(["reap", *flags])
+    assert capsys.readouterr().out == f"1 trials had lost their worker: {lost.number}\n"
+    states = {trial.number: trial.state for trial in study.trials}
+    assert (states[lost.number], states[living.number]) == (TrialState.FAIL, TrialState.RUNNING)
+    again = study.ask()
+    assert again.suggest_float("learning_rate", 1e-4, 1e-2, log=True) == lost.params["learning_rate"]
+    assert study.trials[again.number].system_attrs["retry_history"] == [lost.number]

@@ -1,13 +1,19 @@
 """A study of real processes, notebooks and kernels: what it leaves, how its trials end, how it goes on."""
 
 import json
+import re
 import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pandas
+import psutil
 import pytest
 from optuna.trial import TrialState
 from studies import check_ended_once, start
@@ -149,3 +155,33 @@ def test_the_first_interrupt_lets_a_trial_end_and_the_second_stops_it(stub_confi
     space.write_text(text.format(""))
     trials = check_ended_once(run_study(replace(stub_config, space=space)), stub_config)
     assert trials[2].params == second.params and trials[2].state == TrialState.COMPLETE
+
+
+def test_the_dashboard_is_for_this_machine_alone_and_shows_each_trials_note_and_notebook(
+    stub_config: StudyConfig,
+) -> None:
+    study = run_study(replace(stub_config, trials=1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--study-name", stub_config.study_name, "--checkpoint-dir", str(stub_config.checkpoint_dir)]
+    server = subprocess.Popen([sys.executable, "-m", "elmlib", "dashboard", *flags, "--port", str(port)])
+
+    def get(path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.read()
+
+    try:
+        give_up = time.monotonic() + 60
+        while not (listening := psutil.Process(server.pid).net_connections("inet")):
+            assert time.monotonic() < give_up and server.poll() is None
+            time.sleep(0.2)
+        assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+        (trial,) = json.loads(get(f"/api/studies/{study._study_id}?after=0"))["trials"][:1]
+        note = trial["note"]["body"]
+        assert "**complete**" in note and "| BERTScore F1 | " in note
+        (link,) = re.findall(r"\[stub\.ipynb\]\((.+)\)", note)
+        assert json.loads(get(link))["cells"]
+        assert [artifact["filename"] for artifact in trial["artifacts"]] == ["stub.ipynb"]
+    finally:
+        server.terminate()
+        server.wait()
