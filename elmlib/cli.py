@@ -243,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(_fail(ModuleNotFoundError(f"{error}; get it with: pip install -e '.[summary,notebooks]'"), 1))
     except RuntimeError as error:
-        if type(error).__name__ != "UnstableTrainingError":  # by name: importing it would load torch for every command
+        # By name: importing them would load torch for every command.
+        if type(error).__name__ not in ("UnstableTrainingError", "WorkersFailedError"):
             raise
         sys.exit(_fail(error, 3))
     except KeyboardInterrupt:

@@ -25,6 +25,10 @@ from elmlib.worker import work
 _LOOK = 1.0  # seconds between looks at the study
 
 
+class WorkersFailedError(RuntimeError):
+    """Workers ended by an error of their own; the message says where they wrote it down."""
+
+
 def storage_address(config: StudyConfig | ReapConfig | DashboardConfig) -> str:
     """Where the study lives: `config.storage`, else the environment's, else a journal file in its folder."""
     return config.storage or os.environ.get(STORAGE_VARIABLE) or str(config.folder / "journal.log")
@@ -34,7 +38,7 @@ def run_study(config: StudyConfig) -> optuna.Study:
     """Run trials until `config.trials` are finished, with `config.jobs` workers, and write the results.
 
     The first Ctrl-C lets running trials end, the second stops them, to be taken up when the study goes on. Raises
-    ValueError as `begin` does and for a study that exists where `config.resume` is off.
+    ValueError as `begin` does and for a study that exists where `config.resume` is off, and WorkersFailedError.
     """
     address = storage_address(config)
     study, storage = begin(config, address)
@@ -52,7 +56,7 @@ def run_study(config: StudyConfig) -> optuna.Study:
             time.sleep(_LOOK)
         progress.update()
     if broken := [worker for worker in workers if worker.exitcode not in (0, -signal.SIGTERM, -signal.SIGKILL)]:
-        raise RuntimeError(f"{len(broken)} workers broke down; see {config.folder / 'workers'}/*.log")
+        raise WorkersFailedError(f"{len(broken)} workers broke down; see {config.folder / 'workers'}/*.log")
     write_results(study, config)
     return study
 

@@ -69,6 +69,7 @@ LAYERS = [
     "study",
     "study_plots",
     "cli",
+    "__main__",
 ]
 
 

@@ -1,0 +1,5 @@
+"""`python -m elmlib` is `elm`."""
+
+from elmlib.cli import main
+
+main()
