@@ -188,7 +188,9 @@ class Progress:
         if config.wandb:
             import wandb
 
-            self._run = wandb.init(project=config.project, name=config.study_name, group=config.study_name)
+            self._run = wandb.init(
+                project=config.project, name=config.study_name, group=config.study_name, dir=str(config.folder)
+            )
         self._logged = now.finished
 
     def __enter__(self) -> "Progress":
