@@ -25,6 +25,13 @@ class LinearMap(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
+class Moments(NamedTuple):
+    """Mean (dim,) and covariance (dim, dim), float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
 class NormalEquations:
     """What least squares needs of any number of (x, y) rows: their second moments, in float64."""
 
@@ -55,15 +62,15 @@ class NormalEquations:
         error = self.power.trace() - 2 * (solution * self.cross).sum() + (solution * (self.gram @ solution)).sum()
         return error.item() / self.rows
 
-    def input_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (inputs,) and covariance (inputs, inputs) of x, float64."""
+    def input_moments(self) -> Moments:
+        """Of x."""
         mean = self.gram[-1, :-1] / self.rows
-        return mean, self.gram[:-1, :-1] / self.rows - torch.outer(mean, mean)
+        return Moments(mean, self.gram[:-1, :-1] / self.rows - torch.outer(mean, mean))
 
-    def output_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (outputs,) and covariance (outputs, outputs) of y, float64."""
+    def output_moments(self) -> Moments:
+        """Of y."""
         mean = self.cross[-1] / self.rows
-        return mean, self.power / self.rows - torch.outer(mean, mean)
+        return Moments(mean, self.power / self.rows - torch.outer(mean, mean))
 
 
 class Ridge(NamedTuple):
@@ -72,8 +79,9 @@ class Ridge(NamedTuple):
     map: LinearMap
     strength: float
     """Of the penalty."""
-    moments: NormalEquations
-    """Of the training rows."""
+    inputs: Moments
+    """Of the training rows, as are `outputs`."""
+    outputs: Moments
 
 
 def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
@@ -87,7 +95,8 @@ def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
     errors = [val.mean_error(solution) for solution in solutions]
     best = errors.index(min(errors))
     weight, bias = solutions[best][:-1].T, solutions[best][-1]
-    return Ridge(LinearMap(weight.float().contiguous(), bias.float()), strengths[best], train)
+    fitted = LinearMap(weight.float().contiguous(), bias.float())
+    return Ridge(fitted, strengths[best], train.input_moments(), train.output_moments())
 
 
 def views(ridge: Ridge, count: int) -> list[LinearMap]:
@@ -97,8 +106,7 @@ def views(ridge: Ridge, count: int) -> list[LinearMap]:
     direction. p = 0 is the regression, which mostly says what all targets share; p = 1/2 whitens the targets; p = 1
     would be Fisher's linear discriminant (Fisher, 1936): what tells this target from the others.
     """
-    mean, covariance = ridge.moments.output_moments()
-    center, spread = ridge.moments.input_moments()
+    (center, spread), (mean, covariance) = ridge.inputs, ridge.outputs
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0) + _FLOOR * values.mean().clamp_min(1e-12)
     slope = ridge.map.weight.to(covariance)  # (outputs, inputs)

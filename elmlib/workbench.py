@@ -1,43 +1,28 @@
 """The workbench: models, data and closed-form fits, all that is frozen or fixed before training begins."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from elmlib.adapter import EmbeddingAdapter, mean_token_embedding, token_idf
+from elmlib.adapter import EmbeddingAdapter
 from elmlib.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.config import SummaryTrainingConfig
-from elmlib.data import Batch, Split, load_split, opening_split
+from elmlib.data import Split, load_split, opening_split
 from elmlib.drift import DriftHead, DriftReadout, ReEmbed
+from elmlib.fits import Fits, load_fits
 from elmlib.model import Elm, make_adapter
 from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
-from elmlib.ridge import LinearMap, NormalEquations, Ridge, fit_ridge, mean_and_std, views
+from elmlib.ridge import views
 from elmlib.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fits:
-    """What has a closed form: statistics and ridge regressions on the training rows."""
-
-    mean: Tensor
-    """(embedding_dim,) of the embeddings, as is `std`."""
-    std: Tensor
-    idf: Tensor
-    """(vocab,) inverse document frequency over the training answers."""
-    to_tokens: Ridge
-    """Standardised embedding -> idf-weighted mean token embedding of the target, whose views start the adapter warm."""
-    to_embedding: Ridge
-    """Mean token embedding -> embedding: the drift read-out."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         logger.info("%s: %d rows, %d left out as too long", name, len(split), split.too_long)
     table = llm.get_input_embeddings().weight
     adapter = make_adapter(config, table).to(device)
-    fits = fit(train, val, table, adapter)
+    fits = load_fits(train, val, table, adapter)
     embedder = load_embedder(config.embedding_model_name, device)
     references = [train.records[row].target_text for row in train.subset(1000, config.eval_seed)]
     bench = Workbench(
@@ -118,33 +103,3 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         embed=lambda texts: encode(embedder, texts, config.batch_size),
     )
     return bench.fresh(config)
-
-
-def fit(train: Split, val: Split, table: Tensor, adapter: EmbeddingAdapter) -> Fits:
-    """Statistics on `train` and both ridge regressions, their strength chosen on `val`; table (vocab, llm_dim).
-
-    `adapter` standardises for the warm start, and keeps the statistics of `train`.
-    """
-    device = table.device
-    idf = token_idf(train.answers, len(table)).to(device)
-    adapter.standardise(*mean_and_std(batch.embeddings for batch in _rows(train, device)))
-
-    def moments(split: Split, forward: bool) -> NormalEquations:
-        pairs = (
-            (adapter.standardised(batch.embeddings), mean_token_embedding(batch.labels, table, idf), batch.embeddings)
-            for batch in _rows(split, device)
-        )
-        return NormalEquations((x, y) if forward else (y, e) for x, y, e in pairs)
-
-    fits = []
-    for name, forward in (("warm start", True), ("drift read-out", False)):
-        found = fit_ridge(moments(train, forward), moments(val, forward))
-        logger.info("%s: ridge strength %.3g", name, found.strength)
-        fits.append(found._replace(map=LinearMap(*(x.to(device) for x in found.map))))
-    return Fits(adapter.mean, adapter.std, idf, *fits)
-
-
-def _rows(split: Split, device: torch.device, chunk: int = 256) -> Iterator[Batch]:
-    # Answers of like length share a chunk, or the longest answer would pad all of them.
-    for rows in split.bucket(range(len(split)), chunk):
-        yield split.collate(rows).to(device)

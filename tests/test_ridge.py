@@ -76,7 +76,7 @@ def test_the_error_from_moments_is_the_error_over_rows():
 @pytest.mark.parametrize("noise", [0.0, 3.0, 100.0])
 def test_the_strength_with_the_least_validation_error_is_chosen(noise):
     train, val = noisy_rows(12, noise, seed=1), noisy_rows(30, noise, seed=20)
-    fit, strength, moments = fit_ridge(NormalEquations([train]), NormalEquations([val]))
+    fit, strength, inputs, outputs = fit_ridge(NormalEquations([train]), NormalEquations([val]))
     scale = train[0].double().square().sum(0).mean().item()
     strengths = [scale * factor * 10**exponent for exponent in range(-4, 2) for factor in (1, math.sqrt(10))]
     errors = [error_over_rows(*(t.double() for t in val), *textbook_ridge(*train, s)) for s in strengths]
@@ -85,7 +85,8 @@ def test_the_strength_with_the_least_validation_error_is_chosen(noise):
     torch.testing.assert_close(fit.weight, slope.T.float())
     torch.testing.assert_close(fit.bias, bias.float())
     assert fit.weight.dtype == fit.bias.dtype == torch.float32
-    assert moments.rows == 12
+    for moments, rows in zip((inputs, outputs), train, strict=True):
+        torch.testing.assert_close(moments.mean, rows.double().mean(0))
 
 
 def test_noise_is_shrunk_more_than_signal():
