@@ -33,6 +33,9 @@ class SummaryTrainingConfig:
     """Refuse records of other tasks than `summary`."""
     max_seq_length: int = 512
     """Longest row in tokens, prompt, soft tokens and target together; longer rows are left out and counted."""
+    train_rows: int = 0
+    """Training rows to take, a fixed sample that eval_seed draws, of distinct sources first; 0 takes all. For learning
+    curves: validation and test stay as they are."""
 
     # Models
     llm_model_name: Annotated[str, flag(name="llm-model", aliases=("--llm-model-name",))] = OFFLINE_LLM
@@ -188,6 +191,7 @@ class SummaryTrainingConfig:
             require(self, name, 0)
         require(self, "max_train_seconds", 0)
         require(self, "evals_per_epoch", 0)
+        require(self, "train_rows", 0)
         require(self, "pretrain_epochs", 0)
         require(self, "max_seq_length", 8)
         require(self, "dropout_rate", 0, 0.999)

@@ -118,6 +118,18 @@ class Split(Dataset[int]):
         ranked = [row for row in order if row in distinct] + [row for row in order if row not in distinct]
         return sorted(ranked[:count])
 
+    def take(self, rows: Sequence[int]) -> "Split":
+        """These rows alone, under a fingerprint of their own."""
+        chosen = ",".join(map(str, rows)).encode()
+        return dataclasses.replace(
+            self,
+            records=[self.records[row] for row in rows],
+            answers=[self.answers[row] for row in rows],
+            sources=[self.sources[row] for row in rows],
+            prompts=[self.prompts[row] for row in rows],
+            fingerprint=hashlib.sha256(self.fingerprint.encode() + chosen).hexdigest()[:16],
+        )
+
     def bucket(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
         """Cut rows into batches of one prompt and like answer length, shortest first."""
         numbers = {id(prompt): number for number, prompt in enumerate(self.prompts)}
@@ -167,7 +179,7 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
     with safe_open(str(paths.embeddings), framework="pt") as tensors:
         embeddings = tensors.get_tensor(TENSOR)
     numbers: dict[str, int] = {}
-    return Split(
+    loaded = Split(
         records=[record for record, _ in kept],
         answers=[answer for _, answer in kept],
         sources=[numbers.setdefault(record.source, len(numbers)) for record, _ in kept],
@@ -176,6 +188,9 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
         too_long=len(records) - len(kept),
         fingerprint=_fingerprint(paths),
     )
+    if split == "train" and 0 < config.train_rows < len(loaded):
+        return loaded.take(loaded.subset(config.train_rows, config.eval_seed))
+    return loaded
 
 
 def opening_split(split: Split, tokenizer: Any, num_tokens: int) -> Split:
@@ -187,13 +202,8 @@ def opening_split(split: Split, tokenizer: Any, num_tokens: int) -> Split:
     rows = list({source: row for row, source in reversed(list(enumerate(split.sources)))}.values())[::-1]
     prompt = prompt_ids(tokenizer, OPENING_TEMPLATE)
     encoded = tokenizer([texts[row] for row in rows], add_special_tokens=False, split_special_tokens=True).input_ids
-    return dataclasses.replace(
-        split,
-        records=[split.records[row] for row in rows],
-        answers=[[*ids[:num_tokens], prompt.end_of_turn] for ids in encoded],
-        sources=[split.sources[row] for row in rows],
-        prompts=[prompt] * len(rows),
-    )
+    answers = [[*ids[:num_tokens], prompt.end_of_turn] for ids in encoded]
+    return dataclasses.replace(split.take(rows), answers=answers, prompts=[prompt] * len(rows))
 
 
 def _fingerprint(paths: SplitPaths) -> str:

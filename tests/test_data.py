@@ -277,6 +277,24 @@ def test_a_subset_takes_distinct_sources_first():
     assert places == {0, 1, 2, 3}  # any row of a source may stand for it
 
 
+def test_a_sample_of_the_training_rows_is_fixed_nested_and_leaves_the_other_splits(tiny_config, tokenizer):
+    whole = load_split(tiny_config, "train", tokenizer)
+    few, more, again = (
+        load_split(dataclasses.replace(tiny_config, train_rows=rows, seed=seed), "train", tokenizer)
+        for rows, seed in ((5, 0), (10, 0), (5, 1))
+    )
+    assert (len(few), len(more)) == (5, 10) and few.records == again.records
+    places = [whole.records.index(record) for record in more.records]
+    assert set(map(str, few.records)) < set(map(str, more.records)) and places == sorted(places)
+    assert more.answers == [whole.answers[place] for place in places]
+    assert torch.equal(more.vectors(range(10)), whole.vectors(places))
+    assert len({split.fingerprint for split in (whole, few, more)}) == 3 and few.fingerprint == again.fingerprint
+    few_val = load_split(dataclasses.replace(tiny_config, train_rows=5), "val", tokenizer)
+    assert few_val.records == load_split(tiny_config, "val", tokenizer).records
+    everything = load_split(dataclasses.replace(tiny_config, train_rows=10_000), "train", tokenizer)
+    assert everything.fingerprint == whole.fingerprint
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loaded_batches_are_the_collated_ones(tiny_config, workers):
     split = mixed_split(30)
