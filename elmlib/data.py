@@ -7,6 +7,7 @@ target cannot reach it.
 import dataclasses
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,13 @@ class Split(Dataset[int]):
         distinct = set(first.values())
         ranked = [row for row in order if row in distinct] + [row for row in order if row not in distinct]
         return sorted(ranked[:count])
+
+    def digest(self) -> str:
+        """Hash of the fingerprint and of the answers, which differ from tokenizer to tokenizer."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for answer in self.answers:
+            digest.update(array("q", [len(answer), *answer]).tobytes())
+        return digest.hexdigest()
 
     def take(self, rows: Sequence[int]) -> "Split":
         """These rows alone, under a fingerprint of their own."""

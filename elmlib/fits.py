@@ -84,7 +84,11 @@ def _write(path: Path, fits: Fits) -> None:
 
 
 def _read(path: Path, device: torch.device) -> Fits:
-    tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    loaded = load_file(path)
+    # Apple's GPUs have no float64.
+    tensors = {
+        name: x if device.type == "mps" and x.dtype == torch.float64 else x.to(device) for name, x in loaded.items()
+    }
 
     def ridge(name: str) -> Ridge:
         weight, bias, strength, *moments = (tensors[f"{name}.{number}"] for number in range(7))

@@ -6,7 +6,6 @@ It never changes, so it is computed once per data and model, kept on disk and sh
 import hashlib
 import json
 import logging
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -110,9 +109,6 @@ def _key(elm: Elm, split: Split, config: SummaryTrainingConfig) -> str:
     weights = [f"{name} {p.dtype} {p.float().abs().mean().item():.4e}" for name, p in elm.llm.named_parameters()]
     prompts = {id(prompt): prompt for prompt in split.prompts}
     settings = [config.teacher_top_k, config.teacher_text_tokens, elm.llm.config.to_json_string(), weights]
-    digest = hashlib.sha256(json.dumps([settings, list(prompts.values())]).encode())
-    digest.update(split.fingerprint.encode())
+    digest = hashlib.sha256(json.dumps([settings, list(prompts.values()), split.digest()]).encode())
     digest.update(elm.tokenizer.backend_tokenizer.to_str().encode())
-    for answer in split.answers:
-        digest.update(array("q", [len(answer), *answer]).tobytes())
     return digest.hexdigest()[:24]

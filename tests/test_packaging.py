@@ -31,6 +31,7 @@ LAYERS = [
     "decoding",
     "ridge",
     "adapter",
+    "fits",
     "model",
     "losses",
     "drift",
