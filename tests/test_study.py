@@ -65,6 +65,15 @@ def test_two_studies_of_one_seed_are_the_same_and_a_stop_changes_nothing(stub_co
     assert len({tuple(trial.params.values()) for trial in whole.trials}) == 5
 
 
+@pytest.mark.heavy
+def test_two_studies_of_one_seed_train_and_score_the_same(study_config: StudyConfig) -> None:
+    config = replace(study_config, trials=8, startup_trials=2, warmup_reports=1)
+    one, other = (run_study(replace(config, study_name=name)).trials for name in ("one", "other"))
+    for name in ("params", "values", "state", "intermediate_values"):
+        assert [getattr(trial, name) for trial in one] == [getattr(trial, name) for trial in other], name
+    assert {trial.state for trial in one} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
 def test_how_a_trial_ends_is_told_apart_and_no_failure_is_a_score(stub_config: StudyConfig, tmp_path: Path) -> None:
     (tmp_path / "space.py").write_text(
         "def suggest(trial):\n"
