@@ -78,7 +78,13 @@ def _write(path: Path, fits: Fits) -> None:
     tensors = {name: getattr(fits, name) for name in ("mean", "std", "idf")}
     for name in _RIDGES:
         ridge: Ridge = getattr(fits, name)
-        parts = (ridge.map.weight, ridge.map.bias, torch.tensor(ridge.strength).double(), *ridge.inputs, *ridge.outputs)
+        parts = (
+            ridge.map.weight,
+            ridge.map.bias,
+            torch.tensor(ridge.strength, dtype=torch.float64),
+            *ridge.inputs,
+            *ridge.outputs,
+        )
         tensors |= {f"{name}.{number}": part for number, part in enumerate(parts)}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 

@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import NullPool
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def open_storage(address: str, heartbeat: int = HEARTBEAT) -> BaseStorage:
             warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat is, since Optuna 2.9
             return PatientStorage(
                 address,
-                engine_kwargs={"pool_pre_ping": True, "connect_args": connect},
+                # No connection is held between calls: a server has a hundred, and workers and notebooks are more.
+                engine_kwargs={"poolclass": NullPool, "connect_args": connect},
                 heartbeat_interval=heartbeat,
                 grace_period=3 * heartbeat,
             )

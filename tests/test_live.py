@@ -48,7 +48,7 @@ def test_a_trial_below_the_median_stops_after_the_warm_up_and_not_at_its_last_re
         worse.reason = ""
         worse.log(evaluation(number / 2, 0.1))
         stopped.append(bool(worse.stop_reason()))
-    assert stopped == [False, False, True, False]
+    assert stopped == [False, True, True, False]
 
 
 def test_a_trial_that_does_not_fit_is_run_once_more_in_half_batches(monkeypatch: pytest.MonkeyPatch) -> None:
