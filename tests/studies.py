@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -10,6 +11,8 @@ import psutil
 from optuna.trial import TrialState
 
 from elmlib.commands import StudyConfig
+from elmlib.storage import open_storage
+from elmlib.study import storage_address
 from elmlib.tally import last_attempts, outcome_of, tally
 
 ROOT = Path(__file__).parent.parent
@@ -67,10 +70,11 @@ STUDY = """
 import json, sys
 from pathlib import Path
 from elmlib.commands import StudyConfig
-from elmlib.study import run_study
+from elmlib.study import run_study, submit_workers
 values = json.loads(sys.argv[1])
 paths = ("checkpoint_dir", "config", "space", "notebook")
-run_study(StudyConfig(**values | {name: Path(values[name]) for name in paths}))
+config = StudyConfig(**values | {name: Path(values[name]) for name in paths})
+(submit_workers if config.slurm else run_study)(config)
 """
 
 
@@ -90,3 +94,15 @@ def kernels_and_workers(launcher: subprocess.Popen) -> dict[str, list[psutil.Pro
             if mark in words:
                 found[name].append(process)
     return found
+
+
+def run_on_cluster(config: StudyConfig, seconds: float = 240) -> list[optuna.trial.FrozenTrial]:
+    """The trials of a study whose workers were submitted, by a process that is gone, once all of it has ended."""
+    assert start(config).wait(60) == 0
+    study = optuna.load_study(study_name=config.study_name, storage=open_storage(storage_address(config)))
+    results = config.folder / f"{config.study_name}_results.json"
+    give_up = time.monotonic() + seconds
+    while tally(study, config.max_retries).finished < config.trials or not results.is_file():
+        assert time.monotonic() < give_up, [trial.state for trial in study.trials]
+        time.sleep(0.5)
+    return check_ended_once(study, config)

@@ -8,14 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import optuna
 import pytest
-from studies import check_ended_once
+from studies import run_on_cluster
 
 from elmlib.commands import StudyConfig
-from elmlib.storage import open_storage
-from elmlib.study import storage_address, submit_workers
-from elmlib.tally import tally
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONFIG = """
@@ -86,11 +82,5 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("slurm")
 def test_jobs_of_a_real_cluster_do_the_study_together(stub_config: StudyConfig) -> None:
     config = replace(stub_config, study_name="slurm", trials=4, jobs=2, slurm=True, slurm_gpus=0)
-    assert len(submit_workers(config)) == 2
-    study = optuna.load_study(study_name="slurm", storage=open_storage(storage_address(config)))
-    give_up = time.monotonic() + 120
-    results = config.folder / "slurm_results.json"
-    while (tally(study, 2).finished < 4 or not results.is_file()) and time.monotonic() < give_up:
-        time.sleep(0.5)
-    trials = check_ended_once(study, config)
+    trials = run_on_cluster(config)
     assert len({trial.user_attrs["worker"] for trial in trials}) == 2

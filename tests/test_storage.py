@@ -7,17 +7,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
 from optuna.trial import TrialState
-from studies import check_ended_once, kernels_and_workers, start
+from studies import check_ended_once, kernels_and_workers, run_on_cluster, start
 
 from elmlib import cli
 from elmlib.commands import StudyConfig
 from elmlib.search import begin
-from elmlib.storage import STORAGE_VARIABLE, open_storage
+from elmlib.storage import STORAGE_VARIABLE
 from elmlib.study import run_study, storage_address
-from elmlib.tally import WORKER, tally, worker_lock
+from elmlib.tally import WORKER, worker_lock
 
 
 def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -> str:
@@ -115,15 +114,9 @@ def test_a_database_that_is_away_for_a_moment_is_waited_for(postgres: str, study
 
 
 def test_workers_of_a_cluster_do_the_study_together(stub_config: StudyConfig) -> None:
-    from elmlib.study import submit_workers
-
     config = replace(stub_config, study_name="cluster", trials=4, jobs=2, slurm=True, slurm_cluster="local")
-    assert len(submit_workers(config)) == 2
-    study = optuna.load_study(study_name="cluster", storage=open_storage(storage_address(config)))
-    give_up = time.monotonic() + 60
-    while tally(study, 2).finished < 4 and time.monotonic() < give_up:
-        time.sleep(0.5)
-    check_ended_once(study, config)
+    trials = run_on_cluster(config)
+    assert len({trial.user_attrs["worker"] for trial in trials}) == 2
 
 
 def test_reap_puts_a_lost_trial_back_and_leaves_a_living_one(
