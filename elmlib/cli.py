@@ -17,17 +17,14 @@ import tyro
 from elmlib.commands import (
     AblateConfig,
     CorpusConfig,
-    DashboardConfig,
     DemoConfig,
     EvaluateConfig,
     FilterConfig,
     GenerateConfig,
-    ReapConfig,
     ReportConfig,
-    StudyConfig,
-    StudyDemoConfig,
 )
 from elmlib.config import SummaryTrainingConfig
+from elmlib.study_commands import DashboardConfig, ReapConfig, StudyConfig, StudyDemoConfig
 
 logger = logging.getLogger("elmlib")
 

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from elmlib.commands import DemoConfig, StudyDemoConfig
+from elmlib.commands import DemoConfig
 from elmlib.execution import Value, execute_notebook
 from elmlib.records import write_json
+from elmlib.study_commands import StudyDemoConfig
 from elmlib.tables import sample_table, score_table
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import TrialState
 
-from elmlib.commands import StudyConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.records import atomic_path, write_json
+from elmlib.study_commands import StudyConfig
 from elmlib.tally import HALTED, outcome_of, tally
 
 if TYPE_CHECKING:

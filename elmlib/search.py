@@ -10,12 +10,12 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from elmlib.commands import StudyConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import find_split
 from elmlib.live import make_pruner
 from elmlib.space import Settings, first_trials, load_space
 from elmlib.storage import open_storage, turn
+from elmlib.study_commands import StudyConfig
 
 EPOCHS = 2
 """Passes over the data of each trial, as the guide fixes them."""

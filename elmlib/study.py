@@ -15,10 +15,10 @@ import optuna
 from optuna.storages import BaseStorage
 from tqdm.auto import tqdm
 
-from elmlib.commands import DashboardConfig, ReapConfig, StudyConfig
 from elmlib.results import best_trial, importance, results_table, write_results
 from elmlib.search import begin
 from elmlib.storage import STORAGE_VARIABLE, journal_path, open_storage, turn, without_password
+from elmlib.study_commands import DashboardConfig, ReapConfig, StudyConfig
 from elmlib.tally import HALTED, Tally, reap, tally
 from elmlib.worker import work
 

@@ -20,7 +20,6 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
-from elmlib.commands import StudyConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.notes import publish
 from elmlib.quality import objective
@@ -29,6 +28,7 @@ from elmlib.results import write_results
 from elmlib.search import begin, trial_settings
 from elmlib.space import load_space
 from elmlib.storage import STORAGE_VARIABLE, turn
+from elmlib.study_commands import StudyConfig
 from elmlib.tally import HALTED, WORKER, reap, tally, worker_lock
 from elmlib.trial import Kind, Outcome, run_trial
 

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from elmlib.commands import StudyConfig
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.layout import SPLITS
 from elmlib.pretrained import encode, load_embedder
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import Record, write_embeddings
+from elmlib.study_commands import StudyConfig
 
 SUBJECTS = ("parser", "server", "tensor", "kernel", "socket", "buffer", "thread", "planet", "garden", "engine")
 VERBS = ("reads", "writes", "opens", "closes", "moves", "counts", "copies", "sorts", "paints", "measures")

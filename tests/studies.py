@@ -10,9 +10,9 @@ import optuna
 import psutil
 from optuna.trial import TrialState
 
-from elmlib.commands import StudyConfig
 from elmlib.storage import open_storage
 from elmlib.study import storage_address
+from elmlib.study_commands import StudyConfig
 from elmlib.tally import last_attempts, outcome_of, tally
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def check_ended_once(study: optuna.Study, config: StudyConfig) -> list[optuna.tr
 STUDY = """
 import json, sys
 from pathlib import Path
-from elmlib.commands import StudyConfig
+from elmlib.study_commands import StudyConfig
 from elmlib.study import run_study, submit_workers
 values = json.loads(sys.argv[1])
 paths = ("checkpoint_dir", "config", "space", "notebook")

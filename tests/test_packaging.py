@@ -18,6 +18,7 @@ MODULES = sorted((ROOT / "elmlib").glob("*.py"))
 LAYERS = [
     "config",
     "commands",
+    "study_commands",
     "prompts",
     "layout",
     "records",

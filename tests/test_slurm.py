@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from studies import run_on_cluster
 
-from elmlib.commands import StudyConfig
+from elmlib.study_commands import StudyConfig
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONFIG = """

@@ -12,10 +12,10 @@ from optuna.trial import TrialState
 from studies import check_ended_once, kernels_and_workers, run_on_cluster, start
 
 from elmlib import cli
-from elmlib.commands import StudyConfig
 from elmlib.search import begin
 from elmlib.storage import STORAGE_VARIABLE
 from elmlib.study import run_study, storage_address
+from elmlib.study_commands import StudyConfig
 from elmlib.tally import WORKER, worker_lock
 
 

@@ -18,11 +18,11 @@ import pytest
 from optuna.trial import TrialState
 from studies import check_ended_once, start
 
-from elmlib.commands import StudyConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.results import best_settings, trials_frame
 from elmlib.storage import open_storage
 from elmlib.study import run_study, storage_address
+from elmlib.study_commands import StudyConfig
 from elmlib.tally import outcome_of, tally
 from elmlib.trainer import train
 
