@@ -132,7 +132,7 @@ class StudyDemoConfig:
 
     output_dir: Path = Path("papermill_runs/study-demo")
     """Folder for the executed notebooks, the data and the study."""
-    limit: int = 600
+    limit: int = 500
     """Pairs of text and summary, over all splits; 0 takes all."""
     trials: int = 12
     """Finished trials, at least 1."""
@@ -140,7 +140,7 @@ class StudyDemoConfig:
     """Worker processes; with one the same command gives the same figures."""
     eval_samples: int = 32
     """Validation summaries generated at each evaluation, at least 2."""
-    evals_per_epoch: int = 3
+    evals_per_epoch: int = 2
     """Evaluations per epoch that a trial reports, at least 1."""
 
     def __post_init__(self) -> None:
