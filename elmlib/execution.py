@@ -1,5 +1,6 @@
 """A notebook executed by papermill, with a kernel of its own."""
 
+import tempfile
 from pathlib import Path
 
 Value = str | int | float | bool
@@ -13,11 +14,16 @@ def execute_notebook(source: Path, output: Path, parameters: dict[str, Value]) -
     import papermill
     from jupyter_client.manager import AsyncKernelManager
 
-    class FileSocketKernels(AsyncKernelManager):
-        """Kernels on sockets of the file system: nothing to eavesdrop on, and no clash of ports between runs."""
+    # By default the sockets lie in the working folder under the same names for each kernel, and two that start at once
+    # take each other's.
+    with tempfile.TemporaryDirectory(prefix="elm-kernel-") as folder:
 
-        transport = "ipc"
+        class FileSocketKernels(AsyncKernelManager):
+            """Kernels on sockets of the file system: nothing to eavesdrop on, and no clash of ports between runs."""
 
-    papermill.execute_notebook(
-        str(source), str(output), parameters, kernel_name="python3", kernel_manager_class=FileSocketKernels
-    )
+            transport = "ipc"
+            ip = f"{folder}/socket"
+
+        papermill.execute_notebook(
+            str(source), str(output), parameters, kernel_name="python3", kernel_manager_class=FileSocketKernels
+        )

@@ -83,20 +83,20 @@ def main(folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin's own read: it holds a lock that the interpreter's end needs
+        pass
     os._exit(1)
 
 
 def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome:
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from elmlib.execution import execute_notebook
 
     try:
         execute_notebook(notebook, folder / notebook.name, parameters)
-    except DeadKernelError as error:
-        return Outcome("killed", f"the kernel died: {error}")
+    except RuntimeError as error:  # of nbclient: a kernel that died, or did not answer when it was started
+        return Outcome("killed", f"no kernel: {error}")
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".splitlines()[0]
         lines = _COLOURS.sub("", "\n".join(error.traceback))

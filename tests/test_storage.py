@@ -16,7 +16,7 @@ from elmlib.search import begin
 from elmlib.storage import STORAGE_VARIABLE
 from elmlib.study import run_study, storage_address
 from elmlib.study_commands import StudyConfig
-from elmlib.tally import WORKER, worker_lock
+from elmlib.tally import WORKER, outcome_of, worker_lock
 
 
 def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -> str:
@@ -34,7 +34,8 @@ def test_workers_share_a_study_without_a_duplicate(
     config = replace(config, storage=address_of(kind, config, request))
     study = run_study(config)
     trials = check_ended_once(study, config)
-    assert len(trials) == 8 and all(trial.state == TrialState.COMPLETE for trial in trials)
+    told = [(trial.number, outcome_of(trial), trial.user_attrs.get("reason"), trial.system_attrs) for trial in trials]
+    assert len(trials) == 8 and all(trial.state == TrialState.COMPLETE for trial in trials), told
     assert len({trial.user_attrs["worker"] for trial in trials}) > 1
     assert len(list(config.folder.glob("trial-*/result.json"))) == 8
 
