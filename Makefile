@@ -53,7 +53,7 @@ learning-curve: .venv/.installed
 			--output $(LONG)/rows-$$rows/scorecard_test.csv || exit 1; \
 	done
 
-# Twelve trials and their analysis: about 25 minutes on 2 cores.
+# Twelve trials and their analysis.
 study-demo: .venv/.installed
 	$(BIN)/elm study-demo
 
