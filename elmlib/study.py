@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from elmlib.results import best_trial, importance, results_table, write_results
 from elmlib.search import begin
 from elmlib.storage import STORAGE_VARIABLE, journal_path, open_storage, turn, without_password
-from elmlib.study_commands import DashboardConfig, ReapConfig, StudyConfig
+from elmlib.study_commands import DashboardConfig, ReapConfig, StudyConfig, StudyPlace
 from elmlib.tally import HALTED, Tally, reap, tally
 from elmlib.worker import work
 
@@ -29,7 +29,7 @@ class WorkersFailedError(RuntimeError):
     """Workers ended by an error of their own; the message says where they wrote it down."""
 
 
-def storage_address(config: StudyConfig | ReapConfig | DashboardConfig) -> str:
+def storage_address(config: StudyPlace) -> str:
     """Where the study lives: `config.storage`, else the environment's, else a journal file in its folder."""
     return config.storage or os.environ.get(STORAGE_VARIABLE) or str(config.folder / "journal.log")
 
@@ -61,7 +61,7 @@ def run_study(config: StudyConfig) -> optuna.Study:
     return study
 
 
-def open_study(config: ReapConfig | DashboardConfig) -> tuple[optuna.Study, BaseStorage]:
+def open_study(config: StudyPlace) -> tuple[optuna.Study, BaseStorage]:
     """A study that exists, and its storage; ValueError where there is none of that name."""
     address = storage_address(config)
     path = journal_path(address)

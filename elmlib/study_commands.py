@@ -9,11 +9,31 @@ from elmlib.config import require
 
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """What to search, on which data, for how long and with how many workers."""
+class StudyPlace:
+    """Where a study is."""
 
     study_name: str = "elm-summary-optimization"
-    """Name of the study; one that exists goes on."""
+    """Name of the study; `elm study` goes on with one that exists."""
+    checkpoint_dir: Path = Path("papermill_runs")
+    """Folder for the study's folder, in which each trial has its own."""
+    storage: str = ""
+    """The study's storage: a path of a journal file, sqlite:///file.db, or postgresql+psycopg://...; empty takes the
+    environment variable ELM_STUDY_STORAGE or else a journal file in the study's folder."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.study_name):
+            raise ValueError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder."""
+        return self.checkpoint_dir / self.study_name
+
+
+@dataclass(frozen=True)
+class StudyConfig(StudyPlace):
+    """What to search, on which data, for how long and with how many workers."""
+
     project: str = "elm-summary-optimization"
     """wandb project, with --wandb."""
     trials: int = 50
@@ -22,15 +42,10 @@ class StudyConfig:
     """Hours after which trials are stopped, to be taken up when the study goes on; 0 is no limit."""
     data_dir: str = "data/summary_filtered"
     """Folder that `elm filter` wrote."""
-    checkpoint_dir: Path = Path("papermill_runs")
-    """Folder for the study's folder, in which each trial has its own."""
     results_dir: Path | None = None
     """Folder for the results; the study's folder where none is named."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, at least 2."""
-    storage: str = ""
-    """The study's storage: a path of a journal file, sqlite:///file.db, or postgresql+psycopg://...; empty takes the
-    environment variable ELM_STUDY_STORAGE or else a journal file in the study's folder."""
     resume: bool = True
     """Go on with a study of that name; --no-resume refuses."""
     jobs: int = 1
@@ -67,63 +82,37 @@ class StudyConfig:
     """Time limit of each SLURM job in hours, above 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("trials", "jobs", "evals_per_epoch", "heartbeat"):
             require(self, name, 1)
         for name in ("timeout", "warmup_reports", "startup_trials", "max_retries", "slurm_gpus"):
             require(self, name, 0)
         require(self, "slurm_hours", 1e-3)
         require(self, "eval_samples", 2)
-        if not re.fullmatch(r"[\w.-]+", self.study_name):
-            raise ValueError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
-
-    @property
-    def folder(self) -> Path:
-        """The study's folder."""
-        return self.checkpoint_dir / self.study_name
 
 
 @dataclass(frozen=True)
-class ReapConfig:
+class ReapConfig(StudyPlace):
     """Which study to clear of trials whose worker is gone."""
 
-    study_name: str = "elm-summary-optimization"
-    """Name of the study."""
-    checkpoint_dir: Path = Path("papermill_runs")
-    """Folder that holds the study's folder."""
-    storage: str = ""
-    """As for `elm study`."""
     max_retries: int = 2
     """How often a trial that was killed is run again, at least 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "max_retries", 0)
-
-    @property
-    def folder(self) -> Path:
-        """The study's folder."""
-        return self.checkpoint_dir / self.study_name
 
 
 @dataclass(frozen=True)
-class DashboardConfig:
+class DashboardConfig(StudyPlace):
     """Which study to watch, and at which port."""
 
-    study_name: str = "elm-summary-optimization"
-    """Name of the study."""
-    checkpoint_dir: Path = Path("papermill_runs")
-    """Folder that holds the study's folder."""
-    storage: str = ""
-    """As for `elm study`."""
     port: int = 8080
     """Port on 127.0.0.1, 1 to 65535."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "port", 1, 65535)
-
-    @property
-    def folder(self) -> Path:
-        """The study's folder."""
-        return self.checkpoint_dir / self.study_name
 
 
 @dataclass(frozen=True)
