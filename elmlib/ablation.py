@@ -32,6 +32,10 @@ _NEVER = 10**9  # steps: more than any cell makes
 _STEPS_PER_SECOND = 200  # more than an LLM makes on any machine, so that the clock ends a cell and not its epochs
 
 
+class StageTooLongError(RuntimeError):
+    """The paraphrase stage left no time for summaries."""
+
+
 class Variant(NamedTuple):
     """The base settings with some changed."""
 
@@ -76,6 +80,10 @@ def variants(base: SummaryTrainingConfig) -> tuple[Variant, ...]:
         _toggle(base, "use_text_drift_loss", "drift loss"),
         ("NLL only", plain_loss),
         _toggle(base, "use_teacher_kl", "teacher KL"),
+        (
+            "no paraphrase stage" if base.pretrain_epochs else "paraphrase stage",
+            {"pretrain_epochs": 0 if base.pretrain_epochs else 1},
+        ),
         ("guide's plain settings", guide),
     ]
     found: list[Variant] = []
@@ -138,8 +146,8 @@ def run_ablation(config: AblateConfig) -> str:
     """Fill the cells that are not finished, and return the table as Markdown.
 
     `ablation.csv`, `.md` and `.png` are written anew after each cell, from all finished cells of this ablation. A run
-    that becomes unstable is warned of and leaves its cell empty. Raises ValueError for an unknown variant, and
-    FileNotFoundError and ValueError as loading settings, models and data does.
+    that becomes unstable, or has no time after its paraphrase stage, is warned of and leaves its cell empty. Raises
+    ValueError for an unknown variant, and FileNotFoundError and ValueError as loading settings, models and data does.
     """
     base = base_settings(config)
     known = [variant.name for variant in variants(base)]
@@ -156,7 +164,7 @@ def run_ablation(config: AblateConfig) -> str:
             bar.set_postfix_str(job.name)
             try:
                 cell = _run_cell(job, bench)
-            except trainer.UnstableTrainingError as error:
+            except (trainer.UnstableTrainingError, StageTooLongError) as error:
                 logger.warning("%s: left empty: %s", job.name, error)
                 continue
             write_results(config, jobs)
@@ -172,10 +180,15 @@ def _run_cell(job: Job, bench: Workbench) -> Cell:
     result = trainer.train(job.config, bench=bench)
     assert result.metrics["train_seconds"] >= job.config.max_train_seconds, "out of epochs before out of time"
     # The last evaluation and not the best: a choice among several would favour variants that pass over the data often.
-    last = [row.values for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"][-1]
+    last = [row for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"][-1]
+    if last.epoch <= job.config.pretrain_epochs > 0:
+        raise StageTooLongError(
+            f"its {job.config.max_train_seconds:g} s ended within the paraphrase stage (epoch {last.epoch:.2f} of "
+            f"{job.config.pretrain_epochs}): give a higher --train-seconds, or fewer train_rows in --config"
+        )
     for path in folder.glob("*_step_*"):  # nothing resumes a cell; the best adapter stays
         path.unlink()
-    cell = Cell(job.variant.name, job.config.seed, job.variant.changes, result.metrics | last, _environment())
+    cell = Cell(job.variant.name, job.config.seed, job.variant.changes, result.metrics | last.values, _environment())
     write_json(job.file, cell._asdict())
     return cell
 

@@ -3,54 +3,26 @@
 BERTScore: Zhang et al., ICLR 2020, https://arxiv.org/abs/1904.09675.
 """
 
-import json
-import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
-from elmlib.pretrained import locate, public_name, quiet_bars
+from elmlib.encodings import Encoder, EncoderId, Encoding, encode, encode_once, identify, load_encoder, pad
 from elmlib.quality import BERTScores, bertscore_means, check_pairs, quality_metrics
 
 if TYPE_CHECKING:  # imported inside the methods: torch and bert_score take 5 s, which `elm --help` need not wait for
     import torch
-    from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 BASELINE_PAIRS = 1000
 CACHED_REFERENCES = 2048
 MATCH_BATCH = 64
 """Pairs matched at once, as many as `BERTScorer.score` takes. Figures depend on it: bert_score counts a token whose
 best cosine is negative as 0 where its pair is padded, and as negative where the pair is the longest of its batch."""
-MAX_TOKENS = 512
-"""Longest text of a tokenizer that names no limit of its own, DeBERTa's for one."""
-
-
-class EncoderId(NamedTuple):
-    """Which encoder BERTScore uses, and down to which layer."""
-
-    place: str
-    """Local folder or hub id, as `from_pretrained` takes it."""
-    name: str
-    """The same on every machine."""
-    num_layers: int
-
-
-class Encoding(NamedTuple):
-    """One text as BERTScore sees it, on the CPU and without padding."""
-
-    tokens: "Tensor"
-    """(tokens, dim)"""
-    weights: "Tensor"
-    """(tokens,): 0 for the special tokens at both ends, 1 for the others."""
 
 
 class BERTScoreEvaluator:
@@ -66,15 +38,18 @@ class BERTScoreEvaluator:
         batch_size: int = 16,
         device: "torch.device | str | None" = None,
         baseline_texts: Sequence[str] = (),
+        keep: bool = False,
     ):
         """`baseline_texts` make the baseline of a model that `bert_score` ships none for; a few hundred are enough.
 
+        `keep` leaves the encodings of references and baseline on disk, where the next run on the same data finds them.
         `device` defaults to CUDA where there is one. Models are loaded by the first call that needs them.
         Raises ValueError for a batch_size below 1 or for fewer than two different baseline texts.
         """
         self.model = model
         self.batch_size = batch_size
         self._device = device
+        self._keep = keep
         self._baseline_texts = list(dict.fromkeys(text for text in baseline_texts if text.strip()))
         self._predictions: dict[str, Encoding] = {}
         self._references: dict[str, Encoding] = {}
@@ -102,13 +77,13 @@ class BERTScoreEvaluator:
         # apart from references: which texts share a batch changes the last bits, and the same call must give the
         # same bits whatever was scored before.
         same = self._predictions.keys() == {text for text in predictions if text.strip()}
-        self._predictions = self._predictions if same else self._encode(predictions, {})
-        referred = self._encode(references, self._references)
-        self._references = dict(islice((self._references | referred).items(), CACHED_REFERENCES))
+        self._predictions = self._predictions if same else encode(predictions, self._encoder)
+        known = self._references | self._encode_fixed(text for text in references if text not in self._references)
+        self._references = dict(islice(known.items(), CACHED_REFERENCES))
         for index, text in enumerate(references):
-            if not referred[text].weights.any():
+            if not known[text].weights.any():
                 raise ValueError(f"reference {index} is {text!r}, which has no token; expected a text")
-        return self._match([self._predictions.get(text) for text in predictions], [referred[t] for t in references])
+        return self._match([self._predictions.get(text) for text in predictions], [known[text] for text in references])
 
     def rescaled_means(self, means: dict[str, float]) -> dict[str, float]:
         """(x - b) / (1 - b) of the three means, as `bertscore_..._rescaled`; {} where no baseline b is known.
@@ -133,7 +108,7 @@ class BERTScoreEvaluator:
         rng, total = np.random.default_rng(0), len(self._baseline_texts)
         first = rng.integers(total, size=BASELINE_PAIRS)
         other = (first + rng.integers(1, total, size=BASELINE_PAIRS)) % total  # never the same text
-        encoded = self._encode([self._baseline_texts[row] for row in {*first, *other}], {})
+        encoded = self._encode_fixed(self._baseline_texts[row] for row in {*first, *other})
         pairs = [[encoded[self._baseline_texts[row]] for row in rows] for rows in (first, other)]
         return np.array([values.mean() for values in self._match(*pairs)])
 
@@ -165,25 +140,13 @@ class BERTScoreEvaluator:
         return torch.device(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @cached_property
-    def _encoder(self) -> "tuple[nn.Module, PreTrainedTokenizerBase]":
-        return load_encoder(self.encoder_id, self.device)
+    def _encoder(self) -> Encoder:
+        return load_encoder(self.encoder_id, self.device, self.batch_size)
 
-    def _encode(self, texts: Sequence[str], known: dict[str, Encoding]) -> dict[str, Encoding]:
-        """The encoding of each different text that is not empty, taken from `known` where it is there."""
-        from bert_score.utils import get_bert_embedding
-
-        encodings = {text: known[text] for text in texts if text in known}
-        # Longest first, as bert_score does it: texts of like length share a batch, and too large a batch fails at once.
-        new = dict.fromkeys(text for text in texts if text.strip() and text not in known)
-        new = sorted(new, key=lambda text: (-len(text.split()), text))
-        encoder, tokenizer = self._encoder
-        weights = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0.0, tokenizer.cls_token_id: 0.0})
-        for start in range(0, len(new), self.batch_size):
-            batch = new[start : start + self.batch_size]
-            hidden, mask, idf = get_bert_embedding(batch, encoder, tokenizer, weights, device=self.device)
-            for text, row, row_idf, length in zip(batch, hidden.cpu(), idf, mask.sum(1).tolist(), strict=True):
-                encodings[text] = Encoding(row[:length].clone(), row_idf[:length].clone())  # a view keeps its batch
-        return encodings
+    def _encode_fixed(self, texts: Iterable[str]) -> dict[str, Encoding]:
+        """Encode texts that every evaluation on the same data asks for."""
+        texts = set(texts)
+        return (encode_once if self._keep and len(texts) <= CACHED_REFERENCES else encode)(texts, self._encoder)
 
     def _match(self, predicted: Sequence[Encoding | None], referred: Sequence[Encoding]) -> BERTScores:
         """Scores pair by pair, all 0 where nothing is predicted."""
@@ -194,8 +157,8 @@ class BERTScoreEvaluator:
         rows = [row for row, encoding in enumerate(predicted) if encoding is not None and encoding.weights.any()]
         for start in range(0, len(rows), MATCH_BATCH):
             batch = rows[start : start + MATCH_BATCH]
-            reference = _pad([referred[row] for row in batch], self.device)
-            prediction = _pad([predicted[row] for row in batch], self.device)
+            reference = pad([referred[row] for row in batch], self.device)
+            prediction = pad([predicted[row] for row in batch], self.device)
             scores[batch] = torch.stack(greedy_cos_idf(*reference, *prediction), dim=1).cpu().numpy()
         assert np.isfinite(scores).all(), scores
         return BERTScores(*scores.T)
@@ -203,58 +166,4 @@ class BERTScoreEvaluator:
 
 def create_evaluator(config: SummaryTrainingConfig, baseline_texts: Sequence[str] = ()) -> BERTScoreEvaluator:
     """The evaluator that `config` asks for: bertscore_model and bertscore_batch_size."""
-    return BERTScoreEvaluator(config.bertscore_model, config.bertscore_batch_size, baseline_texts=baseline_texts)
-
-
-def identify(model: str) -> EncoderId:
-    """Place, public name and layer of a BERTScore encoder.
-
-    The layer is the one that bert_score tuned, for a local copy too where its config or its folder's name tells what
-    it is a copy of; any other model is read at its last layer. Raises FileNotFoundError as `locate` does.
-    """
-    from bert_score.utils import model2layers
-    from transformers import AutoConfig
-
-    place, name = locate(model), public_name(model)
-    folder, names = Path(place), [name]
-    if (folder / "config.json").is_file():
-        origin = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-        names += [str(origin), *(known for known in model2layers if known.rpartition("/")[2] == name)]
-    for known in names:
-        if known in model2layers:
-            return EncoderId(place, known, model2layers[known])
-    num_layers = AutoConfig.from_pretrained(place).num_hidden_layers
-    logger.info("bert_score has no tuned layer for %s: its last, %d, is used", name, num_layers)
-    return EncoderId(place, name, num_layers)
-
-
-def load_encoder(encoder: EncoderId, device: "torch.device") -> "tuple[nn.Module, PreTrainedTokenizerBase]":
-    """The model, cut after its layer, and its tokenizer, by bert_score's loaders with their traps taken out."""
-    from bert_score.utils import get_model, get_tokenizer
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
-
-    with quiet_bars():
-        tokenizer = get_tokenizer(encoder.place)
-        if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):
-            # bert_score hands add_prefix_space to encode(), where transformers 5 no longer looks at it.
-            tokenizer = AutoTokenizer.from_pretrained(encoder.place, use_fast=False, add_prefix_space=True)
-        if "t5" in encoder.place and "t5" not in AutoConfig.from_pretrained(encoder.place).model_type:
-            # bert_score takes any path with "t5" in it for a T5.
-            model = AutoModel.from_pretrained(encoder.place, num_hidden_layers=encoder.num_layers)
-        else:
-            model = get_model(encoder.place, encoder.num_layers)
-    if tokenizer.model_max_length > 1_000_000:  # "none given", which the tokenizers library takes for an overflow
-        tokenizer.model_max_length = MAX_TOKENS
-    return model.float().to(device).requires_grad_(False).eval(), tokenizer
-
-
-def _pad(encodings: Sequence[Encoding], device: "torch.device") -> "tuple[Tensor, Tensor, Tensor]":
-    """Tokens (n, longest, dim), mask and weights (n, longest): copies, as greedy_cos_idf writes into what it gets."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    # Padding is divided by its norm before the mask takes it out, so it must not be 0.
-    tokens = pad_sequence([encoding.tokens for encoding in encodings], batch_first=True, padding_value=2.0)
-    mask = pad_sequence([torch.ones(len(encoding.tokens)) for encoding in encodings], batch_first=True)
-    weights = pad_sequence([encoding.weights for encoding in encodings], batch_first=True)
-    return tokens.to(device), mask.to(device), weights.to(device)
+    return BERTScoreEvaluator(config.bertscore_model, config.bertscore_batch_size, None, baseline_texts, keep=True)

@@ -46,6 +46,7 @@ class Training:
     def __init__(self) -> None:
         self.configs: list[SummaryTrainingConfig] = []
         self.failures: dict[int, BaseException] = {}
+        self.epoch = 1.5
 
     def __call__(self, config: SummaryTrainingConfig, bench: Workbench) -> TrainResult:
         self.configs.append(config)
@@ -56,7 +57,7 @@ class Training:
         for name in (BEST, "adapter_step_9.safetensors", "run_state_step_9.safetensors"):
             (folder / name).touch()
         best, last = (random_metrics([config.identity(), place]) for place in ("best", "last"))
-        rows = [{"kind": "eval", "step": step, "epoch": 0.1} | values for step, values in ((5, best), (9, last))]
+        rows = [{"kind": "eval", "step": step, "epoch": self.epoch} | values for step, values in ((5, best), (9, last))]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         times = {"steps": 9.0, "train_seconds": config.max_train_seconds}
         return TrainResult(folder / BEST, folder / "adapter_step_9.safetensors", best | times)
@@ -118,6 +119,7 @@ def test_variants_undo_each_choice_of_the_defaults_alone() -> None:
         "no drift loss": {"use_text_drift_loss": False},
         "NLL only": {"use_contrastive_loss": False, "use_text_drift_loss": False},
         "teacher KL": {"use_teacher_kl": True},
+        "paraphrase stage": {"pretrain_epochs": 1},
         "guide's plain settings": {"num_soft_tokens": 1, "warm_start": False, "soft_token_place": "text"},
     }
 
@@ -148,6 +150,7 @@ def test_whatever_the_base_no_two_variants_are_equal_and_their_names_are_true(
         ):
             assert on or name != part
             assert not on or name not in (f"no {part}", "NLL only")
+        assert settings.pretrain_epochs or name in ("no paraphrase stage", "guide's plain settings")
 
 
 def test_every_variant_has_one_seed_before_any_has_the_next_and_all_have_the_same_time(config: AblateConfig) -> None:
@@ -281,6 +284,15 @@ def test_an_unstable_run_leaves_its_cell_empty_and_the_rest_go_on(
     run_ablation(config)
     assert training.names[6:] == ["defaults-seed-0"]  # tried again
     assert len(table(config)) == 6
+
+
+def test_a_paraphrase_stage_that_took_all_the_time_leaves_its_cell_empty(
+    config: AblateConfig, training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    training.epoch = 1.0
+    run_ablation(replace(config, only=(DEFAULTS, "paraphrase stage"), seeds=1))
+    assert "paraphrase stage, seed 0: left empty: its 0.1 s ended within the paraphrase stage" in caplog.text
+    assert table(config).variant.tolist() == [DEFAULTS]
 
 
 def test_a_run_in_which_every_cell_is_unstable_ends_with_an_empty_table(

@@ -10,7 +10,7 @@ from bert_score import BERTScorer, utils
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, RobertaConfig, RobertaModel
 
-from elmlib import bertscore
+from elmlib import bertscore, encodings
 from elmlib.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.pretrained import find
@@ -202,11 +202,25 @@ def test_a_local_deberta_is_scored(tmp_path, name):
     assert evaluator.encoder_id == (str(folder), name, 2)
     scores = evaluator.score_pairs(["cat sat", "", "word " * 2000], ["the cat sat", "x", "a dog"])
     assert all(np.isfinite(values).all() and values[1] == 0 and values[0] > 0.3 for values in scores)
-    encoder, _ = evaluator._encoder
+    encoder = evaluator._encoder.model
     assert encoder.dtype == torch.float32 and not encoder.training  # stored in half precision
     plain = save_deberta(tmp_path / "plain")
     expected = BERTScoreEvaluator(str(plain), device="cpu").score_pairs(["cat sat"], ["the cat sat"])
     np.testing.assert_allclose([values[0] for values in scores], np.ravel(expected), atol=1e-6)
+
+
+def test_what_is_kept_on_disk_is_not_encoded_again_and_gives_the_same_bits(monkeypatch):
+    plain = BERTScoreEvaluator(batch_size=2, device="cpu", baseline_texts=REFERENCES)
+    kept = BERTScoreEvaluator(batch_size=2, device="cpu", baseline_texts=REFERENCES, keep=True)
+    expected = plain.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True)
+    assert kept.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True) == expected
+    encoded, encode = [], encodings.encode
+    monkeypatch.setattr(encodings, "encode", lambda texts, encoder: encoded.append(texts) or encode(texts, encoder))
+    again = BERTScoreEvaluator(batch_size=2, device="cpu", baseline_texts=REFERENCES, keep=True)
+    assert again.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True) == expected
+    assert not encoded
+    BERTScoreEvaluator(batch_size=3, device="cpu", keep=True).score_pairs(PREDICTIONS, REFERENCES)
+    assert len(encoded) == 1  # another batch size gives other last bits
 
 
 def test_roberta_reads_the_first_word_as_a_word(tmp_path):
@@ -225,7 +239,7 @@ def test_roberta_reads_the_first_word_as_a_word(tmp_path):
     )
     RobertaModel(config).save_pretrained(tmp_path)
     evaluator = BERTScoreEvaluator(str(tmp_path), device="cpu")
-    _, loaded = evaluator._encoder
+    loaded = evaluator._encoder.tokenizer
     assert loaded.tokenize("cat sat") == ["Ġcat", "Ġsat"]
     assert loaded.model_max_length == 512
     assert np.isfinite(evaluator.score_pairs(["cat " * 2000], ["the cat"]).f1).all()

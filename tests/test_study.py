@@ -17,9 +17,11 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 from studies import check_ended_once, start
+from wandb_files import read_run
 
 from elmlib.config import SummaryTrainingConfig
-from elmlib.results import best_settings, trials_frame
+from elmlib.results import best_settings, importance, trials_frame
+from elmlib.search import trial_settings
 from elmlib.storage import open_storage
 from elmlib.study import run_study, storage_address
 from elmlib.study_commands import StudyConfig
@@ -165,6 +167,28 @@ def test_the_first_interrupt_lets_a_trial_end_and_the_second_stops_it(stub_confi
     space.write_text(text.format(""))
     trials = check_ended_once(run_study(replace(stub_config, space=space)), stub_config)
     assert trials[2].params == second.params and trials[2].state == TrialState.COMPLETE
+
+
+@pytest.mark.slow
+def test_wandb_has_a_run_of_the_study_and_one_of_each_trial_in_its_group(
+    stub_config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = replace(stub_config, trials=5, wandb=True, project="p")
+    assert start(config).wait(240) == 0
+    (log,) = config.folder.glob("wandb/offline-run-*/run-*.wandb")
+    run = read_run(log)
+    assert (run.project, run.name, run.group) == ("p", "tiny", "tiny")
+    study = optuna.load_study(study_name="tiny", storage=open_storage(storage_address(config)))
+    best = [row["study/best_so_far"] for row in run.history]
+    assert best == sorted(best) and best[-1] == study.best_value
+    shares = {
+        name.removeprefix("importance/"): value for name, value in run.history[-1].items() if "importance" in name
+    }
+    assert shares == pytest.approx(importance(study)) and shares.keys() == study.best_params.keys()
+    settings = trial_settings(config, study.best_params, 3)
+    assert settings.use_wandb and (settings.wandb_project, settings.wandb_group) == ("p", "tiny")
+    assert settings.wandb_run_name == "tiny-trial-0003"
 
 
 def test_the_dashboard_is_for_this_machine_alone_and_shows_each_trials_note_and_notebook(

@@ -2,15 +2,14 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from wandb_files import read_run
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.plots import Series, curves_info, draw_curves, smooth
@@ -123,37 +122,19 @@ def test_examples_of_a_file_without_scores_or_too_short_are_refused(tmp_path: Pa
         examples_info(path, 0)
 
 
-def wandb_records(log: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB) behind a header of 7 bytes."""
-    at, record, block = 7, b"", 1 << 15
-    while at + 7 <= len(log):
-        if block - at % block < 7:  # no room for a record's own header: the next block
-            at += block - at % block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", log, at)
-        record += log[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last of its parts
-            yield record
-            record = b""
-
-
 @pytest.mark.slow
 def test_wandb_offline_writes_the_guides_metrics(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
     """In a process of its own, as wandb leaves threads behind; read back from its own file."""
-    from wandb.proto import wandb_internal_pb2
-
     settings = tmp_path / "settings.json"
-    settings.write_text(replace(tiny_config, max_epochs=1, use_wandb=True, wandb_run_name="try").to_json())
+    config = replace(tiny_config, max_epochs=1, use_wandb=True, wandb_run_name="try", wandb_group="tries")
+    settings.write_text(config.to_json())
     command = [sys.executable, "-m", "elmlib.cli", "train", "--config", str(settings)]
     run = subprocess.run(command, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()
     (log,) = Path(tiny_config.checkpoint_dir).glob("wandb/offline-run-*/run-*.wandb")
-    names = set()
-    for data in wandb_records(log.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        names |= {item.key or ".".join(item.nested_key) for item in record.history.item}
+    run = read_run(log)
+    assert (run.project, run.name, run.group) == (config.wandb_project, "try", "tries")
+    names = {name for row in run.history for name in row}
     assert {"train/loss", "val/bertscore_composite", "val/drift_similarity", "val/bertscore_f1", "epoch"} <= names
 
 
