@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SHARED = (
+    *("llm_model_name", "embedding_model_name", "embedding_dim", "bertscore_model"),
+    *("soft_token_place", "max_new_tokens"),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class SystemScores:
@@ -189,13 +194,16 @@ def score_adapters(
 ) -> Scorecard:
     """Adapters of one study beside each other, the first with its shuffled control, to be read as `score_checkpoint`.
 
-    All have to be of the same models; ValueError where they are not.
+    ValueError where they are not of the same models, or read and write otherwise.
     """
     files = {name: load_adapter(path) for name, path in checkpoints.items()}
     config = replace(next(iter(files.values())).config, summary_data_path=data_dir)
+    first = next(iter(files))
     for name, file in files.items():
-        if file.config.llm_model_name != config.llm_model_name:
-            raise ValueError(f"{name} is of {file.config.llm_model_name}, the first of {config.llm_model_name}")
+        for setting in _SHARED:
+            theirs, ours = getattr(file.config, setting), getattr(config, setting)
+            if theirs != ours:
+                raise ValueError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
     bench = prepare(config, device)
     split, rows = _sample(bench, config, split_name, samples)
     systems: list[System] = []

@@ -155,10 +155,9 @@ class _Run:
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            evaluates = ends or self._is_eval_due()
-            if evaluates:
+            if ends or self._is_eval_due():
                 self._evaluate(epoch_ends)
-            if evaluates or self.state.step % self.config.save_interval == 0:
+            if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
                 self._save()
             if ends or self.state.stopped:
                 break

@@ -89,6 +89,8 @@ def _end_with_parent() -> None:
 
 
 def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome:
+    # jsonschema, which papermill imports, would take a second to compile a grammar that no notebook needs.
+    sys.modules["rfc3987_syntax"] = None
     from papermill.exceptions import PapermillExecutionError
 
     from elmlib.execution import execute_notebook

@@ -13,7 +13,7 @@ from elmlib.controls import COPY, SHUFFLED, TRUE, System, first_sentence, neares
 from elmlib.decoding import Sampling
 from elmlib.identification import Identification, identify_sources
 from elmlib.quality import BERTScores, quality_metrics
-from elmlib.scorecard import Scorecard, score_checkpoint, score_systems
+from elmlib.scorecard import Scorecard, score_adapters, score_checkpoint, score_systems
 from elmlib.significance import bootstrap_interval, permutation_p
 from elmlib.trainer import train
 from elmlib.workbench import prepare
@@ -262,3 +262,21 @@ def test_a_constant_adapter_scores_as_the_mean_embedding(tiny_config: SummaryTra
     assert card[TRUE].predictions == card["mean embedding"].predictions == card[SHUFFLED].predictions
     assert card[TRUE].composite == card["mean embedding"].composite
     assert card[SHUFFLED].p_value == 1.0
+
+
+def test_adapters_stand_beside_each_other_as_they_stand_alone(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    data = tiny_config.summary_data_path
+    small = replace(tiny_config, max_epochs=1)
+    other = replace(small, hidden_dim=16, seed=1, checkpoint_dir=str(tmp_path / "other"))
+    files = {"first": train(small).best, "second": train(other).best}
+    card = score_adapters(files, data, "test", 0, CPU)
+    assert [system.name for system in card.systems] == ["first", SHUFFLED, "second"]
+    for name, path in files.items():
+        alone = score_checkpoint(path, data, "test", 0, None, CPU)[TRUE]
+        assert card[name].predictions == alone.predictions and (card[name].f1 == alone.f1).all()
+    elsewhere = replace(small, soft_token_place="text", checkpoint_dir=str(tmp_path / "elsewhere"))
+    files["third"] = train(elsewhere).best
+    with pytest.raises(ValueError, match=r"elsewhere.*has soft_token_place 'text', .* 'answer'"):
+        score_adapters(files, data, "test", 0, CPU)
