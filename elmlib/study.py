@@ -183,7 +183,8 @@ class Progress:
     def __init__(self, study: optuna.Study, config: StudyConfig):
         self._study, self._config = study, config
         now = tally(study, config.max_retries)
-        self._bar = tqdm(total=config.trials, initial=now.finished, desc=config.study_name, unit="trial")
+        # Without smoothing: the mean over all trials, where its default would weigh in each look without a new one.
+        self._bar = tqdm(total=config.trials, initial=now.finished, desc=config.study_name, unit="trial", smoothing=0)
         self._run: Any = None
         if config.wandb:
             import wandb
