@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,31 +194,55 @@ def test_wandb_has_a_run_of_the_study_and_one_of_each_trial_in_its_group(
     assert settings.wandb_run_name == "tiny-trial-0003"
 
 
+@contextmanager
+def dashboard(config: StudyConfig) -> Iterator[tuple[int, int]]:
+    """`elm dashboard` in a process of its own, whose number and port these are, once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--study-name", config.study_name, "--checkpoint-dir", str(config.checkpoint_dir)]
+    server = subprocess.Popen([sys.executable, "-m", "elmlib", "dashboard", *flags, "--port", str(port)])
+    try:
+        give_up = time.monotonic() + 60
+        while not psutil.Process(server.pid).net_connections("inet"):
+            assert time.monotonic() < give_up and server.poll() is None
+            time.sleep(0.2)
+        yield server.pid, port
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def test_the_dashboard_is_for_this_machine_alone_and_shows_each_trials_note_and_notebook(
     stub_config: StudyConfig,
 ) -> None:
     study = run_study(replace(stub_config, trials=1))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    flags = ["--study-name", stub_config.study_name, "--checkpoint-dir", str(stub_config.checkpoint_dir)]
-    server = subprocess.Popen([sys.executable, "-m", "elmlib", "dashboard", *flags, "--port", str(port)])
+    with dashboard(stub_config) as (pid, port):
+        assert {it.laddr.ip for it in psutil.Process(pid).net_connections("inet")} == {"127.0.0.1"}
 
-    def get(path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-            return answer.read()
+        def get(path: str) -> bytes:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.read()
 
-    try:
-        give_up = time.monotonic() + 60
-        while not (listening := psutil.Process(server.pid).net_connections("inet")):
-            assert time.monotonic() < give_up and server.poll() is None
-            time.sleep(0.2)
-        assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
         (trial,) = json.loads(get(f"/api/studies/{study._study_id}?after=0"))["trials"][:1]
         note = trial["note"]["body"]
         assert "**complete**" in note and "| BERTScore F1 | " in note
         (link,) = re.findall(r"\[stub\.ipynb\]\((.+)\)", note)
         assert json.loads(get(link))["cells"]
         assert [artifact["filename"] for artifact in trial["artifacts"]] == ["stub.ipynb"]
-    finally:
-        server.terminate()
-        server.wait()
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (Debian: apt-get install chromium)")
+def test_a_browser_shows_a_trials_note_its_curves_and_its_summaries(study_config: StudyConfig, tmp_path: Path) -> None:
+    (trial,) = run_study(replace(study_config, trials=1)).trials
+    picture = tmp_path / "trial.png"
+    with dashboard(study_config) as (_, port):
+        flags = ["--headless", "--no-sandbox", "--virtual-time-budget=20000", "--dump-dom", f"--screenshot={picture}"]
+        page = f"http://127.0.0.1:{port}/dashboard/studies/0/trials?numbers=0"
+        dom = subprocess.run(["chromium", *flags, page], capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = re.sub("<[^>]*>", " ", dom)
+    for text in ("Trial 0", "Complete", "best evaluation", "BERTScore F1", "shuffled", "samples.csv", "02_train.ipynb"):
+        assert text in shown, text
+    assert f"{trial.user_attrs['bertscore_f1']:.3f}" in shown
+    assert re.search(r'<img[^>]+src="/artifacts/', dom), "no picture of the curves"
+    assert picture.stat().st_size > 20_000
