@@ -39,6 +39,7 @@ LAYERS = [
     "teacher",
     "checkpoint",
     "quality",
+    "encodings",
     "bertscore",
     "evaluation",
     "identification",
