@@ -72,17 +72,20 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "evals_per_epoch": config.evals_per_epoch,
         "resume_from": "",
     }
-    return [*_data_stages(data, config.limit, 0.05), Stage("02_train", train | (extra or {}), folder / "result.json")]
+    return [
+        *_data_stages(data, config.limit, 0.05, 0.05),
+        Stage("02_train", train | (extra or {}), folder / "result.json"),
+    ]
 
 
-def _data_stages(data: Path, limit: int, held_out: float) -> list[Stage]:
-    """Corpus and filter; `held_out` is the share of the pairs for validation, and again for the test."""
+def _data_stages(data: Path, limit: int, val_fraction: float, test_fraction: float) -> list[Stage]:
+    """Corpus and filter."""
     corpus: dict[str, Value] = {
         "output_dir": f"{data}/synthesis",
         "output_embeddings_dir": f"{data}/embeddings",
         "limit": limit,
-        "val_fraction": held_out,
-        "test_fraction": held_out,
+        "val_fraction": val_fraction,
+        "test_fraction": test_fraction,
         "embedding_batch_size": 8,
     }
     filtered: dict[str, Value] = {
@@ -119,7 +122,7 @@ def study_stages(config: StudyDemoConfig, notebooks: Path, extra: dict[str, Valu
         "candidates": 0,
     }
     return [
-        *_data_stages(data, config.limit, 0.1),
+        *_data_stages(data, config.limit, val_fraction=0.1, test_fraction=0.2),
         Stage("03_study", study | (extra or {}), folder / "study" / "study_results.json"),
         Stage("04_analysis", analysis, folder / "04_analysis.ipynb"),
     ]

@@ -121,14 +121,16 @@ class StudyDemoConfig:
 
     output_dir: Path = Path("papermill_runs/study-demo")
     """Folder for the executed notebooks, the data and the study."""
-    limit: int = 500
-    """Pairs of text and summary, over all splits; 0 takes all."""
+    limit: int = 200
+    """Pairs of text and summary, seven in ten of them for training, one for validation, two for the test; 0 takes
+    all."""
     trials: int = 12
     """Finished trials, at least 1."""
     jobs: int = 1
     """Worker processes; with one the same command gives the same figures."""
-    eval_samples: int = 32
-    """Validation summaries generated at each evaluation, at least 2."""
+    eval_samples: int = 40
+    """Summaries generated at each evaluation, as far as there are as many validation pairs, and by the analysis of the
+    test split; at least 2."""
     evals_per_epoch: int = 2
     """Evaluations per epoch that a trial reports, at least 1."""
 
