@@ -85,6 +85,10 @@ class BERTScoreEvaluator:
                 raise ValueError(f"reference {index} is {text!r}, which has no token; expected a text")
         return self._match([self._predictions.get(text) for text in predictions], [known[text] for text in references])
 
+    def forget_predictions(self) -> None:
+        """Encode the next predictions anew, even if they are the last ones again."""
+        self._predictions = {}
+
     def rescaled_means(self, means: dict[str, float]) -> dict[str, float]:
         """(x - b) / (1 - b) of the three means, as `bertscore_..._rescaled`; {} where no baseline b is known.
 
@@ -164,6 +168,10 @@ class BERTScoreEvaluator:
         return BERTScores(*scores.T)
 
 
-def create_evaluator(config: SummaryTrainingConfig, baseline_texts: Sequence[str] = ()) -> BERTScoreEvaluator:
+def create_evaluator(
+    config: SummaryTrainingConfig,
+    baseline_texts: Sequence[str] = (),
+    device: "torch.device | str | None" = None,
+) -> BERTScoreEvaluator:
     """The evaluator that `config` asks for: bertscore_model and bertscore_batch_size."""
-    return BERTScoreEvaluator(config.bertscore_model, config.bertscore_batch_size, None, baseline_texts, keep=True)
+    return BERTScoreEvaluator(config.bertscore_model, config.bertscore_batch_size, device, baseline_texts, keep=True)

@@ -15,6 +15,7 @@ from tyro.conf import arg as flag
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DriftHead = Literal["readout", "re_embed"]
 SoftTokenPlace = Literal["answer", "text"]
+EvaluationDevice = Literal["", "cpu"]
 
 OFFLINE_LLM = "smollm2-135m-instruct"
 OFFLINE_EMBEDDER = "all-minilm-l6-v2"
@@ -122,6 +123,9 @@ class SummaryTrainingConfig:
     """BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli."""
     bertscore_batch_size: int = 16
     """Texts per call of BERTScore's encoder, at least 1."""
+    evaluation_device: EvaluationDevice = ""
+    """`cpu` keeps embedder and BERTScore's encoder off the GPU, which then holds the LLM alone; empty is the LLM's
+    device."""
     eval_interval: int = 250
     """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
     evals_per_epoch: int = 0
@@ -201,6 +205,7 @@ class SummaryTrainingConfig:
         require(self, "eval_samples", 2)
         require(self, "eval_nll_samples", 2)
         literals = {"log_level": LogLevel, "text_drift_head": DriftHead, "soft_token_place": SoftTokenPlace}
+        literals |= {"evaluation_device": EvaluationDevice}
         for name, literal in literals.items():
             if getattr(self, name) not in get_args(literal):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(literal))}")
@@ -257,6 +262,7 @@ _INDIFFERENT = frozenset(
         "resume_from",
         "save_interval",
         "keep_checkpoints",
+        "evaluation_device",
         "num_workers",
         "pin_memory",
         "persistent_workers",

@@ -73,7 +73,7 @@ def demo_stages(config: DemoConfig, extra: dict[str, Value] | None = None) -> li
         "resume_from": "",
     }
     return [
-        *_data_stages(data, config.limit, 0.05, 0.05),
+        *_data_stages(data, config.limit, val_fraction=0.05, test_fraction=0.05),
         Stage("02_train", train | (extra or {}), folder / "result.json"),
     ]
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from elmlib.pretrained import build_once, cache_folder, locate, public_name, quiet_bars
+from elmlib.caching import build_once, cache_folder
+from elmlib.pretrained import locate, public_name, quiet_bars
 
 if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 s, which `elm --help` need not wait for
     import torch

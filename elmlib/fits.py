@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elmlib.adapter import EmbeddingAdapter, mean_token_embedding, token_idf
+from elmlib.caching import build_once, cache_folder
 from elmlib.data import Batch, Split
-from elmlib.pretrained import build_once, cache_folder
 from elmlib.ridge import LinearMap, Moments, NormalEquations, Ridge, fit_ridge, mean_and_std
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from elmlib.prompts import IGNORE_INDEX
 
+CHUNK = 128
+"""Answer positions whose logits over the vocabulary are held at a time."""
+
 
 class LossParts(NamedTuple):
     """Sums over one batch, and what to divide them by."""
@@ -52,18 +55,26 @@ def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int, asked_id
     given, chosen = hidden[answers], labels[answers]
     asked = chosen.new_zeros(len(chosen), 0) if asked_ids is None else asked_ids
     top_k = min(top_k, len(weight))
-    nll, log_probs, ids = _Predict.apply(given, weight, chosen, top_k, asked)
+    nll, log_probs, ids = predict_tokens(given, weight, chosen, top_k, asked)
     shape = (*labels.shape, top_k)
     top = log_probs.new_full(shape, float("-inf")).masked_scatter(answers[..., None], log_probs[:, :top_k])
     top_ids = ids.new_zeros(shape).masked_scatter(answers[..., None], ids)
     return Predictions(nll, top, top_ids, log_probs[:, top_k:])
 
 
+def predict_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int, asked: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`predict` for positions that all count: hidden (tokens, dim), labels (tokens,), asked (tokens, m).
+
+    Returns the NLL's sum, log-probabilities (tokens, top_k + m) and the ids of the top k (tokens, top_k).
+    """
+    return _Predict.apply(hidden, weight, labels, top_k, asked)
+
+
 class _Predict(torch.autograd.Function):
     """With p = softmax(W h): d nll / dh = E_p[W] - W[label], d log p_k / dh = W[k] - E_p[W]. So one vector a position,
     E_p[W], made while its logits are at hand, is all that the backward pass needs of the whole vocabulary."""
-
-    CHUNK = 128  # positions whose logits are held at a time
 
     @staticmethod
     def forward(
@@ -71,7 +82,7 @@ class _Predict(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         nll = torch.zeros((), device=hidden.device)
         pieces, expected = [], []
-        for part, label, also in zip(*(x.split(_Predict.CHUNK) for x in (hidden, labels, asked)), strict=True):
+        for part, label, also in zip(*(x.split(CHUNK) for x in (hidden, labels, asked)), strict=True):
             logits = (part @ weight.T).float()  # (chunk, vocab)
             total = logits.logsumexp(-1, keepdim=True)
             nll += (total - logits.gather(1, label[:, None])).sum()

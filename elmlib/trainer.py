@@ -20,6 +20,7 @@ from elmlib.data import Batch, load_batches
 from elmlib.objective import loss_parts, total_loss
 from elmlib.records import write_json
 from elmlib.schedule import epoch_windows, learning_rate
+from elmlib.sharding import asks_for_shards, shard_llm, share_adapter, without_travel
 from elmlib.tracking import MetricsLog, ProgressBar, Row, Tracker, Trackers, WandbLog
 from elmlib.validation import Validation, drift_warning, validate
 from elmlib.workbench import Workbench, prepare
@@ -94,9 +95,12 @@ class _Run:
             logger.info("resumed from %s", found)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
-        self.bench = self.bench.with_adapter(self.accelerator.prepare_model(self.adapter))
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.bench = self.bench.with_adapter(share_adapter(self.adapter, self.accelerator))
+        self.optimizer = optimizer
         self.opening = self.bench.opening(config) if config.pretrain_epochs else None
+        self.sharded = asks_for_shards(self.accelerator)
+        if self.sharded:  # last: all that is computed once needs the whole LLM
+            shard_llm(self.bench.elm.llm, self.accelerator)
         self.epochs = config.pretrain_epochs + config.max_epochs
         self.windows_per_epoch = [len(self._windows(epoch)) for epoch in range(self.epochs)]
         self.total_steps = sum(self.windows_per_epoch)
@@ -179,7 +183,7 @@ class _Run:
         sums = torch.zeros(6, device=self.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.bench.elm.adapter):
+            with nullcontext() if last else without_travel(self.bench.elm.adapter):
                 self._tell_of_lone_row(batch)
                 parts = loss_parts(stage, batch, config)
                 loss = total_loss(parts, tokens, rows, config)
@@ -188,7 +192,7 @@ class _Run:
             sums += torch.stack([x.detach() for x in (loss, *parts[:5])])
         loss_sum, nll, contrastive, drift, similarity, teacher = accelerator.reduce(sums, reduction="sum").tolist()
         self._check_stable(loss_sum)
-        norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         values = {"loss": loss_sum, "nll": nll / tokens, "learning_rate": rate, "grad_norm": float(norm)}
@@ -236,8 +240,10 @@ class _Run:
         started = time.perf_counter()
         state = self.state
         pretraining = state.epoch < self.config.pretrain_epochs
-        if self.accelerator.is_main_process:
+        # Where the LLM is dealt out all processes must run it, though one is enough to look at what comes out.
+        if self.accelerator.is_main_process or self.sharded:
             result = validate(self.bench.with_adapter(self.adapter), self.config, self.device)
+        if self.accelerator.is_main_process:
             values = result.values()
             state = replace(state, history=(*state.history[-2:], (result.val_nll, values["bertscore_composite"])))
             if told := drift_warning(state.history):

@@ -44,6 +44,11 @@ class Workbench:
     known_references: dict[int, np.ndarray] = field(default_factory=dict)
     """Re-embedded targets of validation rows, each embedded once; every evaluation asks for the same ones."""
 
+    @property
+    def idf(self) -> torch.Tensor:
+        """(vocab,) weight of each token in a text's meaning."""
+        return self.fits.idf
+
     def reference_vectors(self, rows: Sequence[int]) -> np.ndarray:
         """(rows, embedding_dim): the targets of validation rows, re-embedded."""
         if missing := [row for row in rows if row not in self.known_references]:
@@ -65,6 +70,8 @@ class Workbench:
             found = views(self.fits.to_tokens, count if config.warm_start_views else 1)
             adapter.warm_start(found if config.warm_start_views else found * count)
         if config.text_drift_head == "re_embed":
+            if config.evaluation_device and config.evaluation_device != table.device.type:
+                raise ValueError("text_drift_head re_embed trains through the embedder: leave evaluation_device empty")
             drift: DriftHead = ReEmbed(self.embedder, self.elm.tokenizer)
         else:
             drift = DriftReadout(table, self.fits.idf, self.fits.to_embedding.map)
@@ -89,7 +96,8 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
     table = llm.get_input_embeddings().weight
     adapter = make_adapter(config, table).to(device)
     fits = load_fits(train, val, table, adapter)
-    embedder = load_embedder(config.embedding_model_name, device)
+    evaluation_device = torch.device(config.evaluation_device or device)
+    embedder = load_embedder(config.embedding_model_name, evaluation_device)
     references = [train.records[row].target_text for row in train.subset(1000, config.eval_seed)]
     bench = Workbench(
         elm=Elm(llm, tokenizer, adapter, config.use_gradient_checkpointing, config.soft_token_place),
@@ -98,7 +106,7 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         fits=fits,
         drift=DriftReadout(table, fits.idf, fits.to_embedding.map),
         teacher=None,
-        evaluator=create_evaluator(config, references),
+        evaluator=create_evaluator(config, references, evaluation_device),
         embedder=embedder,
         embed=lambda texts: encode(embedder, texts, config.batch_size),
     )

@@ -67,7 +67,7 @@ def slope(*outputs):
 @pytest.mark.parametrize("chunk", [1, 3, 128])
 @pytest.mark.parametrize("top_k", [1, 4, VOCAB + 10])
 def test_predict_and_its_gradient_equal_their_naive_twin(top_k, chunk, monkeypatch):
-    monkeypatch.setattr(losses._Predict, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     weight, answers = normal(VOCAB, DIM, seed=3), LABELS != IGNORE_INDEX
     hidden, other = (normal(ROWS, LENGTH, DIM, seed=4).requires_grad_() for _ in range(2))
     found = predict(hidden, weight, LABELS, top_k, ASKED)

