@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from elmlib.data import Batch, Split, epoch_batches, opening_split
 from elmlib.evaluation import swap_sources
 from elmlib.losses import LossParts
 from elmlib.naive import naive_bertscore, naive_loss, naive_summaries
-from elmlib.objective import loss_parts, total_loss
+from elmlib.objective import Learner, loss_parts, total_loss
 from elmlib.prompts import IGNORE_INDEX
 from elmlib.quality import BERTScores
 from elmlib.validation import validate
 from elmlib.workbench import Workbench
 
-Loss = Callable[[Workbench, Batch, SummaryTrainingConfig], LossParts]
+Loss = Callable[[Any, Batch, SummaryTrainingConfig], LossParts]
 Job = Callable[[], object]
 
 LONG_TOKENS = 128
@@ -89,13 +89,24 @@ def training(bench: Workbench, config: SummaryTrainingConfig, loss: Loss, batche
 
     def run() -> None:
         for batch in batches:
-            parts = loss(bench, batch, config)
-            total_loss(parts, parts.tokens, parts.rows, config).backward()
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(bench, batch, config, optimizer, loss)
 
     return run
+
+
+def take_step(
+    learner: Learner,
+    batch: Batch,
+    config: SummaryTrainingConfig,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss = loss_parts,
+) -> None:
+    """One optimizer step on one batch, as the trainer takes it in one process."""
+    parts = loss(learner, batch, config)
+    total_loss(parts, parts.tokens, parts.rows, config).backward()
+    torch.nn.utils.clip_grad_norm_(learner.elm.adapter.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def floor(bench: Workbench, batches: Sequence[Batch]) -> Job:

@@ -12,10 +12,10 @@ import torch
 
 from elmlib.adapter import EmbeddingAdapter
 from elmlib.benchmark_commands import PlanConfig
+from elmlib.contests import Job, take_step
 from elmlib.data import Batch
 from elmlib.drift import DriftHead, DriftReadout
 from elmlib.model import Elm
-from elmlib.objective import loss_parts, total_loss
 from elmlib.pretrained import load_llm
 from elmlib.prompts import PromptIds
 from elmlib.ridge import LinearMap
@@ -88,7 +88,7 @@ def _learner(elm: Elm, config: PlanConfig) -> Learner:
     return Learner(elm, idf, DriftReadout(table, idf, to_embedding))
 
 
-def _step(learner: Learner, config: PlanConfig, point: Point, device: torch.device):
+def _step(learner: Learner, config: PlanConfig, point: Point, device: torch.device) -> Job:
     settings = config.training()
     generator = torch.Generator().manual_seed(0)
     shape = (point.batch_size, point.answer_tokens)
@@ -99,17 +99,8 @@ def _step(learner: Learner, config: PlanConfig, point: Point, device: torch.devi
         prompt=PromptIds(list(range(config.prompt_tokens)), [], 0),
         rows=[],
     ).to(device)
-    adapter = learner.elm.adapter
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, fused=True)
-
-    def run() -> None:
-        parts = loss_parts(learner, batch, settings)
-        total_loss(parts, parts.tokens, parts.rows, settings).backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    optimizer = torch.optim.AdamW(learner.elm.adapter.parameters(), lr=settings.learning_rate, fused=True)
+    return lambda: take_step(learner, batch, settings, optimizer)
 
 
 def _forget_peak(device: torch.device) -> None:
