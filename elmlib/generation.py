@@ -19,7 +19,7 @@ from elmlib.data import PromptBatch
 from elmlib.decoding import Sampling
 from elmlib.layout import find_embeddings, find_records
 from elmlib.model import Elm, make_adapter
-from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
+from elmlib.pretrained import check_head, encode, load_embedder, load_llm, native_bf16
 from elmlib.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.records import EmbeddingFile, parse_line, read_lines, read_records, write_json
 
@@ -47,6 +47,7 @@ def load_elm(checkpoint: Path, device: torch.device) -> LoadedElm:
     file = load_adapter(checkpoint)
     dtype = torch.bfloat16 if file.config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(file.config.llm_model_name, dtype, device)
+    check_head(llm)
     adapter = make_adapter(file.config, llm.get_input_embeddings().weight)
     adapter.load_state_dict(file.weights)
     return LoadedElm(Elm(llm, tokenizer, adapter.to(device).eval(), place=file.config.soft_token_place), file)

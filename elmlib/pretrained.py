@@ -112,11 +112,7 @@ def locate(name: str) -> str:
 def load_llm(
     name: str, dtype: "torch.dtype", device: "torch.device | str"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal LLM, frozen and in eval mode, and its tokenizer.
-
-    Raises FileNotFoundError as `locate` does, and ValueError where its logits are other than hidden states times its
-    output layer, which is how the losses and the decoding take them.
-    """
+    """A causal LLM, frozen and in eval mode, and its tokenizer. Raises FileNotFoundError as `locate` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,15 +123,24 @@ def load_llm(
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(place, **options)
-    llm = llm.to(device).requires_grad_(False).eval()
-    ids = torch.arange(8, device=device)[None]  # any tokens
+    return llm.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def check_head(llm: "PreTrainedModel") -> None:
+    """Raise ValueError unless the LLM's logits are hidden states times its output layer.
+
+    The losses and the decoding take them so, without the model's own last step.
+    """
+    import torch
+
+    head = llm.get_output_embeddings().weight
+    ids = torch.arange(8, device=head.device)[None]  # any tokens
     with torch.no_grad():
         logits = llm(input_ids=ids, use_cache=False).logits.float()
-        hidden = llm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        product = (hidden @ llm.get_output_embeddings().weight.T).float()
+        product = (llm.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.T).float()
     if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
+        name = llm.config.name_or_path
         raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
-    return llm, tokenizer
 
 
 def load_embedder(name: str, device: "torch.device | str") -> "SentenceTransformer":

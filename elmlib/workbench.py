@@ -15,7 +15,7 @@ from elmlib.data import Split, load_split, opening_split
 from elmlib.drift import DriftHead, DriftReadout, ReEmbed
 from elmlib.fits import Fits, load_fits
 from elmlib.model import Elm, make_adapter
-from elmlib.pretrained import encode, load_embedder, load_llm, native_bf16
+from elmlib.pretrained import check_head, encode, load_embedder, load_llm, native_bf16
 from elmlib.ridge import views
 from elmlib.teacher import Teacher, load_teacher
 
@@ -90,6 +90,7 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
     """Load models and data, fit what has a closed form, and start the adapter warm."""
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(config.llm_model_name, dtype, device)
+    check_head(llm)
     train, val = (load_split(config, split, tokenizer) for split in ("train", "val"))
     for name, split in (("train", train), ("val", val)):
         logger.info("%s: %d rows, %d left out as too long", name, len(split), split.too_long)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, LlamaCo
 from elmlib import pretrained
 from elmlib.caching import build_once
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
-from elmlib.pretrained import encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+from elmlib.pretrained import check_head, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
 
 MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
 
@@ -113,8 +113,9 @@ def test_an_llm_that_scales_its_logits_is_refused_by_name(tmp_path):
     config = CohereConfig(vocab_size=30522, eos_token_id=102, logit_scale=0.0625, initializer_range=0.2, **sizes)
     CohereForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER)).save_pretrained(tmp_path)
+    llm, _ = load_llm(str(tmp_path), torch.float32, "cpu")
     with pytest.raises(ValueError, match=f"{tmp_path} scales, caps or shifts its logits"):
-        load_llm(str(tmp_path), torch.float32, "cpu")
+        check_head(llm)
 
 
 def test_load_llm_is_frozen_and_does_not_mask_a_corrupt_file(tmp_path):
