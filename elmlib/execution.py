@@ -2,14 +2,19 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from elmlib.forking import ForkedKernel
 
 Value = str | int | float | bool
 
 
-def execute_notebook(source: Path, output: Path, parameters: dict[str, Value]) -> None:
+def execute_notebook(
+    source: Path, output: Path, parameters: dict[str, Value], kernel: ForkedKernel | None = None
+) -> None:
     """Run `source` with `parameters` and leave what it shows in `output`; raises papermill's error for a failed cell.
 
-    Everything in `parameters` can be read in `output`: no password.
+    Everything in `parameters` can be read in `output`: no password. `kernel` is one that waits, where there is one.
     """
     import papermill
     from jupyter_client.manager import AsyncKernelManager
@@ -23,6 +28,14 @@ def execute_notebook(source: Path, output: Path, parameters: dict[str, Value]) -
 
             transport = "ipc"
             ip = f"{folder}/socket"
+
+            async def _async_launch_kernel(self, kernel_cmd: list[str], **kwargs: Any) -> None:
+                if kernel is None:
+                    await super()._async_launch_kernel(kernel_cmd, **kwargs)
+                    return
+                kernel.connect(self.connection_file)
+                self.provisioner.process, self.provisioner.pid = kernel, kernel.pid
+                self._reconcile_connection_info(self.provisioner.connection_info)
 
         papermill.execute_notebook(
             str(source),

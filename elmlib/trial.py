@@ -1,17 +1,18 @@
 """One trial of a study: a notebook that papermill runs in a process of its own, and how it ended."""
 
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from elmlib.execution import execute_notebook
+from elmlib.forking import ForkedKernel, prepared_context
 from elmlib.records import write_json
 
 Kind = Literal["complete", "pruned", "failed", "out of memory", "killed", "timed out", "interrupted"]
@@ -41,62 +42,60 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def run_trial(folder: Path, environment: dict[str, str], stop: Callable[[], Kind | None]) -> Outcome:
-    """Run the trial that `folder`/trial.json describes, in a process with `environment`, and say how it ended.
+    """Run the trial that `folder`/trial.json describes, in a process with `environment` added, and say how it ended.
 
     `stop` is asked all the time; a kind ends the trial at once. trial.json: `notebook`, `parameters`, and what
     `LiveTrial` needs.
     """
-    # The process ends when its standard input does, with whatever becomes of this one, and its kernel a second later.
-    with open(folder / "trial.log", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "elmlib.trial", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is the worker's to handle
-        )
-    assert process.stdin
+    # The process ends when the pipe is closed, with whatever becomes of this one, and its kernel a second later.
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    process = prepared_context().Process(target=_be_trial, args=(folder, environment, reader))
+    process.start()
+    reader.close()
     ended: Kind | None = None
     try:
-        while process.poll() is None and not ended:
+        while process.exitcode is None and not ended:
             ended = stop()
-            time.sleep(_POLL)
+            process.join(_POLL)
     finally:
-        process.stdin.close()
-        process.wait()
-    if ended:
-        return Outcome(ended, f"the study {'ran out of time' if ended == 'timed out' else 'was interrupted'}")
+        writer.close()
+        process.join()
     path = folder / "outcome.json"
     if not path.is_file():
-        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        ended = ended or stop()  # a cluster ends the worker and its trial in one moment
+    if ended:
+        return Outcome(ended, f"the study {'ran out of time' if ended == 'timed out' else 'was interrupted'}")
+    if not path.is_file():
+        code = process.exitcode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return Outcome("killed", f"the trial's process ended with {how}; see {folder / 'trial.log'}")
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def main(folder: Path) -> None:
+def _be_trial(folder: Path, environment: dict[str, str], alive: Connection) -> None:
     """Execute the notebook of a trial and leave `outcome.json`; this is the trial's own process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.setsid()  # Ctrl-C is the worker's to handle
+    with open(folder / "trial.log", "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(environment)
+    kernel = ForkedKernel()
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     described = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-    outcome = _execute(Path(described["notebook"]), folder, described["parameters"])
+    outcome = _execute(Path(described["notebook"]), folder, described["parameters"], kernel)
     write_json(folder / "outcome.json", asdict(outcome))
 
 
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin's own read: it holds a lock that the interpreter's end needs
-        pass
+def _end_with(pipe: Connection) -> None:
+    pipe.poll(None)
     os._exit(1)
 
 
-def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome:
-    # jsonschema, which papermill imports, would take a second to compile a grammar that no notebook needs.
-    sys.modules["rfc3987_syntax"] = None
+def _execute(notebook: Path, folder: Path, parameters: dict[str, Any], kernel: ForkedKernel) -> Outcome:
     from papermill.exceptions import PapermillExecutionError
 
-    from elmlib.execution import execute_notebook
-
     try:
-        execute_notebook(notebook, folder / notebook.name, parameters)
+        execute_notebook(notebook, folder / notebook.name, parameters, kernel)
     except RuntimeError as error:  # of nbclient: a kernel that died, or did not answer when it was started
         return Outcome("killed", f"no kernel: {error}")
     except PapermillExecutionError as error:
@@ -110,7 +109,3 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcom
     if result["stopped"]:
         return Outcome("pruned", result["stopped"], metrics=metrics)
     return Outcome("complete", metrics=metrics)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
 from elmlib.config import SummaryTrainingConfig
+from elmlib.forking import prepared_context
 from elmlib.notes import publish
 from elmlib.quality import objective
 from elmlib.records import write_json
@@ -58,6 +59,9 @@ class Worker:
 
     def run(self) -> None:
         """Work until the study has its trials, its time is up, it is halted, or this worker is told to stop."""
+        first = prepared_context().Process(target=int)  # does nothing, when all is loaded that a trial needs
+        first.start()
+        first.join()
         with worker_lock(self.config.folder, self.name):
             while not self._is_over():
                 try:
@@ -129,7 +133,7 @@ class Worker:
         finally:
             lock.close()
         self._describe(trial, folder, settings)
-        outcome = run_trial(folder, os.environ | {STORAGE_VARIABLE: self.address}, self._stop)
+        outcome = run_trial(folder, {STORAGE_VARIABLE: self.address}, self._stop)
         if self.storage.get_trial(trial._trial_id).state.is_finished():
             self.given_up = True
             raise TrialEndedError("given up by another worker")

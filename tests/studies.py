@@ -1,5 +1,6 @@
 """What the tests of studies share: a small search space, a stub of a trial, and how a study has to have ended."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -84,15 +85,17 @@ def start(config: StudyConfig) -> subprocess.Popen:
 
 
 def kernels_and_workers(launcher: subprocess.Popen) -> dict[str, list[psutil.Process]]:
-    found: dict[str, list[psutil.Process]] = {"kernel": [], "worker": [], "trial": []}
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        try:
-            words = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        for name, mark in (("kernel", "ipykernel_launcher"), ("worker", "spawn_main"), ("trial", "elmlib.trial")):
-            if mark in words:
-                found[name].append(process)
+    """The study's processes by what they are: a worker has a server, which forks trials, which fork a kernel each."""
+    found: dict[str, list[psutil.Process]] = {"worker": [], "server": [], "trial": [], "kernel": []}
+    with contextlib.suppress(psutil.Error):  # of a process that ends just now
+        found["worker"] = [
+            it for it in psutil.Process(launcher.pid).children() if "spawn_main" in " ".join(it.cmdline())
+        ]
+        for worker in found["worker"]:
+            found["server"] += [it for it in worker.children() if "forkserver" in " ".join(it.cmdline())]
+        for name, parents in (("trial", "server"), ("kernel", "trial")):
+            for parent in found[parents]:
+                found[name] += parent.children()
     return found
 
 

@@ -61,7 +61,7 @@ def test_a_study_that_is_killed_at_random_loses_no_trial(
     config = replace(config, storage=address_of(kind, config, request))
     rng = random.Random(0)
     launcher = start(config)
-    for target in ("kernel", "worker", "all", "trial", "restart" if kind == "postgres" else "kernel", "all"):
+    for target in ("kernel", "worker", "all", "trial", "server", "restart" if kind == "postgres" else "kernel", "all"):
         time.sleep(rng.uniform(6, 14))
         if launcher.poll() is not None:
             break
