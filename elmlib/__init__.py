@@ -14,6 +14,7 @@ _HOMES = {
     "filter_corpus": "filtering",
     "BERTScoreEvaluator": "bertscore",
     "create_evaluator": "bertscore",
+    "Elm": "hub",
     "generate_file": "generation",
     "load_elm": "generation",
     "train": "trainer",

@@ -23,6 +23,7 @@ from elmlib.ablation_plots import DEFAULTS, Cell, aggregate, cells_frame, draw_a
 from elmlib.commands import AblateConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.records import atomic_path, parse_line, write_json
+from elmlib.settings import base_config
 from elmlib.tracking import read_metrics
 from elmlib.workbench import Workbench, prepare
 
@@ -102,9 +103,9 @@ def _toggle(base: SummaryTrainingConfig, setting: str, part: str) -> tuple[str, 
 def base_settings(config: AblateConfig) -> SummaryTrainingConfig:
     """The settings that the variants change: the defaults or the file's, with this ablation's data and sample.
 
-    Raises FileNotFoundError and ValueError as `SummaryTrainingConfig.from_json` does.
+    Raises FileNotFoundError and ValueError as `base_config` does.
     """
-    base = SummaryTrainingConfig.from_json(config.config) if config.config else SummaryTrainingConfig()
+    base = base_config(config.preset, config.config)
     return replace(
         base,
         summary_data_path=config.data_dir,

@@ -167,6 +167,6 @@ def _sampling(config: GenerateConfig | ReportConfig) -> Any:
 
 
 def _device() -> Any:
-    import torch
+    from elmlib.pretrained import default_device
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return default_device()

@@ -30,8 +30,10 @@ from elmlib.contests import (
 )
 from elmlib.files_contests import FilterJob, loading_jobs, make_corpus, peak_memory, trial_seconds
 from elmlib.memory import Point, measure_steps
+from elmlib.pretrained import default_device
 from elmlib.racing import race
 from elmlib.records import write_json
+from elmlib.settings import base_config
 from elmlib.shapes import load_config
 from elmlib.tracing import trace_step
 from elmlib.workbench import Workbench, prepare
@@ -45,7 +47,7 @@ def run_benchmark(config: BenchmarkConfig) -> Path:
     Contests that are not run keep their results of an earlier run on the same machine with the same versions.
     Raises FileNotFoundError or ValueError for data or models that do not fit.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     settings = _settings(config)
     bench = prepare(settings, device)
     contests: dict[str, Callable[[], Iterator[Result]]] = {
@@ -90,7 +92,7 @@ def describe_machine(bench: Workbench, settings: SummaryTrainingConfig) -> dict[
 
 
 def _settings(config: BenchmarkConfig) -> SummaryTrainingConfig:
-    base = SummaryTrainingConfig.from_json(config.config) if config.config else SummaryTrainingConfig()
+    base = base_config(config.preset, config.config)
     return replace(base, summary_data_path=config.data_dir, eval_samples=config.eval_samples, seed=config.seed)
 
 
@@ -101,7 +103,7 @@ def _race(name: str, jobs: dict[str, Job], turns: int, **facts: Any) -> Result:
 
 
 def _steps(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
-    for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, config.steps // 2)):
+    for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, max(1, config.steps // 4))):
         steps = make(bench, settings, count)
         jobs = step_contest(bench, settings, steps)
         yield _race(name, jobs, config.turns, **_work(bench, steps, jobs["elmlib, NLL"]))

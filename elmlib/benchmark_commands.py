@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg as flag
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, EvaluationDevice, SummaryTrainingConfig, require
+from elmlib.settings import Preset
 
 Contest = Literal["steps", "tried", "evaluation", "filter", "loading", "trials", "memory"]
 
@@ -72,12 +73,14 @@ class BenchmarkConfig:
     """Folder that `elm filter` wrote; its records need source_text."""
     output_dir: Path = Path("papermill_runs/benchmark")
     """Folder for `benchmark.json`, `benchmark.md` and the pictures."""
+    preset: Preset = ""
+    """`qwen3-4b`: the guide's models in the place of the offline ones."""
     config: Path | None = None
-    """JSON file of training settings that replace the defaults: models, batch size."""
+    """JSON or YAML file of training settings that replace the defaults: models, batch size."""
     turns: int = 3
     """How often each contestant runs; medians are taken over turns. At least 1."""
-    steps: int = 4
-    """Batches in a turn of short answers, half as many of long ones; at least 2."""
+    steps: int = 12
+    """Batches in a turn of short answers, a quarter as many of long ones; at least 2."""
     eval_samples: int = 100
     """Validation summaries of the evaluation, at least 2."""
     filter_lines: int = 1_000_000

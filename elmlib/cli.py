@@ -1,7 +1,4 @@
-"""The `elm` command: a sub-command a stage, flags made from a config dataclass, help from its docstrings.
-
-Exit codes: 0 done, 1 bad input or a missing file, 2 a wrong flag, 3 unstable training, 130 interrupted.
-"""
+"""The `elm` command: a sub-command a stage, flags made from a config dataclass, help from its docstrings."""
 
 import argparse
 import logging
@@ -16,51 +13,107 @@ import tyro
 
 from elmlib import actions, benchmark_commands, commands, study_commands
 from elmlib.config import SummaryTrainingConfig
+from elmlib.settings import PRESETS, as_flags, base_config, read_settings, take
 
 logger = logging.getLogger("elmlib")
 
 
+EXIT_CODES = "0 done, 1 bad input or a missing file, 2 a wrong flag, 3 training or workers broke down, 130 interrupted"
+
+
 class Command(NamedTuple):
-    """A sub-command: its settings, what it does, and an example."""
+    """A sub-command: its settings, what it does, and examples."""
 
     config: type[Any]
     run: Callable[[Any], None]
-    example: str
+    examples: tuple[str, ...]
+    writes_much: bool = False
+    """Takes --dry-run."""
 
 
 COMMANDS = {
-    "corpus": Command(commands.CorpusConfig, actions.corpus, "elm corpus --limit 6000"),
-    "filter": Command(commands.FilterConfig, actions.filter_, "elm filter --input-dir data/synthesis"),
-    "train": Command(SummaryTrainingConfig, actions.train, "elm train --data-dir data/summary_filtered --epochs 2"),
+    "corpus": Command(
+        commands.CorpusConfig, actions.corpus,
+        ("elm corpus --limit 6000", "elm corpus --source texts.jsonl --text-field body --summary-field abstract"),
+        writes_much=True,
+    ),
+    "filter": Command(
+        commands.FilterConfig, actions.filter_,
+        ("elm filter --input-dir data/synthesis --dry-run", "elm filter --skip-bad"), writes_much=True,
+    ),
+    "train": Command(
+        SummaryTrainingConfig, actions.train,
+        (
+            "elm train --data-dir data/summary_filtered --epochs 2",
+            "elm train --preset qwen3-4b --evaluation-device cpu --gradient-checkpointing",
+            "elm train --config settings.yaml --resume-from latest",
+        ),
+        writes_much=True,
+    ),
     "generate": Command(
         commands.GenerateConfig, actions.generate,
-        "elm generate --checkpoint data/checkpoints/best_summary_model.safetensors "
-        "--input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl",
+        (
+            "elm generate --checkpoint data/checkpoints/best_summary_model.safetensors "
+            "--input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl",
+            "elm generate --checkpoint a.safetensors --input vectors.safetensors --output said.jsonl --candidates 8",
+        ),
+        writes_much=True,
     ),
     "evaluate": Command(
         commands.EvaluateConfig, actions.evaluate,
-        "elm evaluate --predictions results/predictions.jsonl "
-        "--references data/summary_filtered/test_synthesis.jsonl",
+        (
+            "elm evaluate --predictions results/predictions.jsonl "
+            "--references data/summary_filtered/test_synthesis.jsonl",
+        ),
     ),
     "report": Command(
         commands.ReportConfig, actions.report,
-        "elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8",
+        ("elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8",),
     ),
-    "ablate": Command(commands.AblateConfig, actions.ablate, "elm ablate --train-seconds 150 --seeds 3"),
-    "study": Command(study_commands.StudyConfig, actions.study, "elm study --trials 50 --jobs 2 --timeout 24"),
-    "dashboard": Command(study_commands.DashboardConfig, actions.dashboard, "elm dashboard"),
-    "reap": Command(study_commands.ReapConfig, actions.reap, "elm reap"),
+    "ablate": Command(
+        commands.AblateConfig, actions.ablate,
+        ("elm ablate --train-seconds 150 --seeds 3", 'elm ablate --only defaults "random start"'), writes_much=True,
+    ),
+    "study": Command(
+        study_commands.StudyConfig, actions.study,
+        (
+            "elm study --trials 50 --jobs 2 --timeout 24",
+            "elm study --storage sqlite:///optimization.db --preset qwen3-4b --trials 100",
+            "elm study --slurm --jobs 64 --slurm-partition gpu --trials 2000",
+        ),
+        writes_much=True,
+    ),
+    "dashboard": Command(study_commands.DashboardConfig, actions.dashboard, ("elm dashboard --port 8081",)),
+    "reap": Command(study_commands.ReapConfig, actions.reap, ("elm reap --study-name overnight",)),
     "plan": Command(
         benchmark_commands.PlanConfig, actions.plan,
-        "elm plan --llm-model Qwen/Qwen3-4B-Instruct-2507 --batch-size 8 --gpu-memory 16GiB",
+        (
+            "elm plan --llm-model Qwen/Qwen3-4B-Instruct-2507 --batch-size 8 --gpu-memory 16GiB",
+            "elm plan --preset qwen3-4b --evaluation-device cpu",
+        ),
     ),
-    "benchmark": Command(benchmark_commands.BenchmarkConfig, actions.benchmark, "elm benchmark --turns 3"),
-    "demo": Command(commands.DemoConfig, actions.demo, "elm demo"),
-    "study-demo": Command(study_commands.StudyDemoConfig, actions.study_demo, "elm study-demo"),
+    "benchmark": Command(
+        benchmark_commands.BenchmarkConfig, actions.benchmark,
+        ("elm benchmark --data-dir papermill_runs/demo/data/summary_filtered", "elm benchmark --only steps memory"),
+        writes_much=True,
+    ),
+    "demo": Command(commands.DemoConfig, actions.demo, ("elm demo", "elm demo --limit 600 --epochs 1"), True),
+    "study-demo": Command(
+        study_commands.StudyDemoConfig, actions.study_demo, ("elm study-demo --trials 6",), writes_much=True
+    ),
 }  # fmt: skip
 
 
-def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
+class Call(NamedTuple):
+    """What the command line asks for."""
+
+    command: Command
+    config: Any
+    dry: bool
+    """Tell what would be done, and do nothing."""
+
+
+def parse(arguments: Sequence[str]) -> Call:
     """The sub-command and its checked settings; exits with 2 for a wrong flag, and with 0 after `--help`."""
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
@@ -71,21 +124,47 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     default = None
     if command.config is SummaryTrainingConfig:
         default, rest = _base_settings(rest)
-    about = f"{command.run.__doc__}\n\nExample: {command.example}"
+    elif "config" not in command.config.__dataclass_fields__:  # a setting of its own, of that name, is a file already
+        rest = _file_settings(command, rest)
+    dry = command.writes_much and "--dry-run" in rest
+    rest = [argument for argument in rest if not dry or argument != "--dry-run"]
     options = {} if default is None else {"default": default}
-    return command, tyro.cli(command.config, args=rest, prog=f"elm {name}", description=about, **options)
+    config = tyro.cli(command.config, args=rest, prog=f"elm {name}", description=_about(command), **options)
+    return Call(command, config, dry)
+
+
+def _about(command: Command) -> str:
+    lines = [str(command.run.__doc__), "", "Examples:", *(f"  {example}" for example in command.examples), ""]
+    lines.append("--config FILE (JSON or YAML) and --preset NAME give settings; flags beside them win.")
+    if command.writes_much:
+        lines.append("--dry-run says what would be read and written, and does nothing.")
+    return "\n".join([*lines, f"Exit codes: {EXIT_CODES}."])
+
+
+def _split_off(arguments: list[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    return parser.parse_known_args(arguments)
+
+
+def _file_settings(command: Command, arguments: list[str]) -> list[str]:
+    """The arguments with what --preset and --config stand for before them, where later flags win."""
+    known, rest = _split_off(arguments, "--config", "--preset")
+    flags: list[str] = []
+    if known.preset:
+        flags += as_flags(take(known.preset, command.config), command.config, known.preset)
+    if known.config:
+        flags += as_flags(read_settings(Path(known.config)), command.config, known.config)
+    return flags + rest
 
 
 def _base_settings(arguments: list[str]) -> tuple[SummaryTrainingConfig | None, list[str]]:
     """What flags left unsaid means for `elm train`: a settings file, or the run that is resumed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--resume-from", "--checkpoint-dir"):
-        parser.add_argument(flag)
-    known, _ = parser.parse_known_args(arguments)
-    if known.config:
-        rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        rest.add_argument("--config")
-        return SummaryTrainingConfig.from_json(Path(known.config)), rest.parse_known_args(arguments)[1]
+    known, rest = _split_off(arguments, "--config", "--preset")
+    if known.config or known.preset:
+        return base_config(known.preset or "", Path(known.config) if known.config else None), rest
+    known, _ = _split_off(arguments, "--resume-from", "--checkpoint-dir")
     if known.resume_from:
         from elmlib.checkpoint import find_checkpoint, load_adapter
 
@@ -100,8 +179,13 @@ def _base_settings(arguments: list[str]) -> tuple[SummaryTrainingConfig | None, 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one sub-command; bad input becomes one line on standard error and an exit code."""
     try:
-        command, config = parse(sys.argv[1:] if arguments is None else arguments)
+        command, config, dry = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
+        if dry:
+            from elmlib.foresight import foresee
+
+            print("\n".join(["dry run, nothing is written:", *foresee(config)]))
+            return
         command.run(config)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(_fail(error, 1))
@@ -135,10 +219,11 @@ def _log_to_stderr(level: str) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: elm COMMAND [--help] ...", "", "commands, in the order of the work:", *lines, "", "examples:"]
-        + [f"  {command.example}" for command in COMMANDS.values()]
+        + [f"  {command.examples[0]}" for command in COMMANDS.values()]
+        + ["", f"presets: {', '.join(filter(None, PRESETS))}", f"exit codes: {EXIT_CODES}"]
     )
 
 

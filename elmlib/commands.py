@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig, require
+from elmlib.settings import Preset
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,10 @@ class AblateConfig:
     """Seeds of each variant, from 0, at least 1; a mean with its spread needs at least 2."""
     eval_samples: int = 100
     """Validation summaries generated at the end of each cell, at least 2."""
+    preset: Preset = ""
+    """`qwen3-4b`: the guide's models in the place of the offline ones."""
     config: Path | None = None
-    """JSON file of training settings that replace the defaults; those above stand over it."""
+    """JSON or YAML file of training settings that replace the defaults; those above stand over it."""
     only: tuple[str, ...] = ()
     """Names of the variants to run; empty runs all."""
 

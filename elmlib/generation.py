@@ -18,8 +18,8 @@ from elmlib.controls import rerank
 from elmlib.data import PromptBatch
 from elmlib.decoding import Sampling
 from elmlib.layout import find_embeddings, find_records
-from elmlib.model import Elm, make_adapter
-from elmlib.pretrained import check_head, encode, load_embedder, load_llm, native_bf16
+from elmlib.model import Elm, make_adapter, token_table
+from elmlib.pretrained import check_head, default_device, encode, load_embedder, load_llm, native_bf16
 from elmlib.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.records import EmbeddingFile, parse_line, read_lines, read_records, write_json
 
@@ -45,12 +45,27 @@ def load_elm(checkpoint: Path, device: torch.device) -> LoadedElm:
     Raises FileNotFoundError or ValueError for a file that is missing or no adapter, or an LLM that cannot be found.
     """
     file = load_adapter(checkpoint)
-    dtype = torch.bfloat16 if file.config.use_bf16 and native_bf16(device) else torch.float32
-    llm, tokenizer = load_llm(file.config.llm_model_name, dtype, device)
+    return LoadedElm(build_elm(file, device, str(checkpoint)), file)
+
+
+def build_elm(file: AdapterFile, device: torch.device, origin: str, revision: str = "") -> Elm:
+    """The adapter of `file`, read from `origin`, on the LLM that its settings name, of `revision` where it has one.
+
+    Raises FileNotFoundError for an LLM that cannot be found and ValueError for one of another size.
+    """
+    config = file.config
+    dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
+    llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision)
     check_head(llm)
-    adapter = make_adapter(file.config, llm.get_input_embeddings().weight)
+    table = token_table(llm)
+    if (size := len(file.weights["norm.weight"])) != table.shape[1]:
+        raise ValueError(
+            f"{config.llm_model_name} has token embeddings of size {table.shape[1]}; {origin} writes {size}: it was "
+            "trained with another LLM"
+        )
+    adapter = make_adapter(config, table)
     adapter.load_state_dict(file.weights)
-    return LoadedElm(Elm(llm, tokenizer, adapter.to(device).eval(), place=file.config.soft_token_place), file)
+    return Elm(llm, tokenizer, adapter.to(device).eval(), place=config.soft_token_place)
 
 
 def generate_file(
@@ -72,7 +87,7 @@ def generate_file(
     prediction, as `best_candidate`. Raises ValueError where `output` belongs to another checkpoint, input or decoding,
     where the embeddings have another size than the adapter's, and for bad records.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     loaded = load_elm(checkpoint, device)
     config = loaded.file.config
     length = max_new_tokens or config.max_new_tokens

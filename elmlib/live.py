@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, Self
 
 import optuna
 from accelerate.utils import find_executable_batch_size
@@ -12,8 +13,18 @@ from optuna.pruners import MedianPruner
 from elmlib.config import SummaryTrainingConfig
 from elmlib.quality import objective
 from elmlib.storage import STORAGE_VARIABLE, open_storage
-from elmlib.tracking import Row, read_metrics
+from elmlib.tracking import Row, Tracker, read_metrics
 from elmlib.trainer import TrainResult, train
+
+
+class View(Tracker, Protocol):
+    """Shows a run to the person before it, who may stop it."""
+
+    def show(self) -> Self:
+        """Begin to show."""
+
+    def stop_reason(self) -> str:
+        """Why the run should stop; empty while it should not."""
 
 
 @dataclass
@@ -53,13 +64,14 @@ class LiveTrial:
     def close(self) -> None:
         """The worker ends the trial, not its notebook."""
 
-    def train(self, config: SummaryTrainingConfig) -> TrainResult:
+    def train(self, config: SummaryTrainingConfig, view: View | None = None) -> TrainResult:
         """Train; a trial that does not fit into the GPU's memory is run once more in half batches of twice as many.
 
-        Its optimizer steps see the same rows; the trial's attribute `memory` says so.
+        Its optimizer steps see the same rows; the trial's attribute `memory` says so. Outside a study `view` shows
+        the run while it trains, and may stop it.
         """
         if self.trial is None:
-            return train(config)
+            return train(config, [view.show()], stop=view.stop_reason) if view else train(config)
 
         def halve() -> int:
             if halved or config.batch_size % 2:

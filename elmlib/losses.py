@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from elmlib.prompts import IGNORE_INDEX
 
-CHUNK = 128
-"""Answer positions whose logits over the vocabulary are held at a time."""
+CHUNK = 512
+"""Answer positions whose logits over the vocabulary are held at a time, at most."""
 
 
 class LossParts(NamedTuple):
@@ -82,19 +82,20 @@ class _Predict(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         nll = torch.zeros((), device=hidden.device)
         pieces, expected = [], []
-        for part, label, also in zip(*(x.split(CHUNK) for x in (hidden, labels, asked)), strict=True):
-            logits = (part @ weight.T).float()  # (chunk, vocab)
-            total = logits.logsumexp(-1, keepdim=True)
-            nll += (total - logits.gather(1, label[:, None])).sum()
-            top, top_ids = logits.topk(top_k)
-            pieces.append((torch.cat([top, logits.gather(1, also)], dim=1) - total, top_ids))
+        count = -(-len(hidden) // CHUNK)
+        # Of equal sizes: a last piece of few positions would read all of the output layer for them.
+        for part, label, also in zip(*(x.tensor_split(count) for x in (hidden, labels, asked)), strict=True):
+            log_probs = torch.log_softmax(part @ weight.T, -1, dtype=torch.float32)  # (chunk, vocab)
+            nll -= log_probs.gather(1, label[:, None]).sum()
+            top, top_ids = log_probs.topk(top_k)
+            pieces.append((torch.cat([top, log_probs.gather(1, also)], dim=1), top_ids))
             if ctx.needs_input_grad[0]:
-                expected.append(logits.sub_(total).exp_().to(weight.dtype) @ weight)  # (chunk, dim)
-        log_probs, ids = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+                expected.append(log_probs.exp_().to(weight.dtype) @ weight)  # (chunk, dim)
+        told, ids = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         if expected:
             ctx.save_for_backward(torch.cat(expected), weight, labels, torch.cat([ids, asked], dim=1))
         ctx.mark_non_differentiable(ids)
-        return nll, log_probs, ids
+        return nll, told, ids
 
     @staticmethod
     def backward(ctx: Any, nll: Tensor, slopes: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:

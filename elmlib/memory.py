@@ -16,7 +16,7 @@ from elmlib.contests import Job, take_step
 from elmlib.data import Batch
 from elmlib.drift import DriftHead, DriftReadout
 from elmlib.model import Elm
-from elmlib.pretrained import load_llm
+from elmlib.pretrained import default_device, load_llm
 from elmlib.prompts import PromptIds
 from elmlib.ridge import LinearMap
 
@@ -53,7 +53,7 @@ def measure_steps(config: PlanConfig, points: Sequence[Point]) -> list[int]:
 
 
 def _measure(config: PlanConfig, points: list[Point]) -> list[int]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if device.type == "cpu":
         # Freed tensors then go back to the system at once, and resident memory is the memory in use.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

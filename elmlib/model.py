@@ -2,11 +2,12 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ class Elm:
     ):
         assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
         self.llm, self.tokenizer, self.adapter, self.place = llm, tokenizer, adapter, place
-        self.table: Tensor = llm.get_input_embeddings().weight
+        self.table = token_table(llm)
         # generate() fills what it is not told from the model's own habits, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
@@ -79,30 +80,59 @@ class Elm:
     @torch.no_grad()
     def candidates(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> list[list[str]]:
         """`sampling.count` answers for each row, all decoded in one batch over the shared prompt."""
-        self.llm.eval()
-        soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
-        embeds, cache = self.place_tokens(batch.prompt, soft)
-        said = self._decode(embeds, cache, self._ends(batch.prompt), max_new_tokens, sampling)
+        said = deque(self._answer(batch, max_new_tokens, sampling), maxlen=1).pop()
         texts = self._texts(batch.prompt, said)
         return [texts[start : start + sampling.count] for start in range(0, len(texts), sampling.count)]
 
-    def _decode(
-        self, embeds: Tensor, cache: DynamicCache | None, ends: list[int], max_new_tokens: int, sampling: Sampling
-    ) -> list[list[int]]:
-        """Token ids of each row behind embeds (rows, length, llm_dim) and what `cache` holds.
+    @torch.no_grad()
+    def stream(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[str]]:
+        """What all rows have said so far, `sampling.count` answers for each row in turn, after each token."""
+        for said in self._answer(batch, max_new_tokens, sampling):
+            yield self._texts(batch.prompt, said)
+
+    @torch.no_grad()
+    def search_beams(self, batch: PromptBatch, max_new_tokens: int, num_beams: int) -> list[str]:
+        """The best answer of each row by beam search, transformers' own, over the whole prompt."""
+        self.llm.eval()
+        before, between = batch.prompt.around(self.place)
+        soft = self.adapter(batch.embeddings).to(self.table.dtype)
+        ids = [
+            torch.tensor([part], dtype=torch.long, device=soft.device).expand(len(soft), -1)
+            for part in (before, between)
+        ]
+        given = torch.cat([self._embed(ids[0]), soft, self._embed(ids[1])], dim=1)
+        said = self.llm.generate(
+            inputs_embeds=given,
+            attention_mask=torch.ones(given.shape[:2], dtype=torch.long, device=given.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                eos_token_id=self._ends(batch.prompt),
+                pad_token_id=self.tokenizer.eos_token_id,
+                do_sample=False,
+            ),
+        )
+        return self._texts(batch.prompt, said.tolist())
+
+    def _answer(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[list[int]]]:
+        """Token ids of each row's answers, after each token.
 
         transformers' generate() goes on with all rows until the last one has ended, and most summaries are far shorter
         than the longest: here a row that has ended leaves the batch.
         """
+        self.llm.eval()
+        soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
+        embeds, cache = self.place_tokens(batch.prompt, soft)
         generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
         cache = DynamicCache(config=self.llm.config) if cache is None else cache
-        end_ids = torch.tensor(ends, device=embeds.device)
+        end_ids = torch.tensor(self._ends(batch.prompt), device=embeds.device)
         rows, said = torch.arange(len(embeds), device=embeds.device), [[] for _ in range(len(embeds))]
         for _ in range(max_new_tokens):
             output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
             tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 said[row].append(token)
+            yield said
             going = (~torch.isin(tokens, end_ids)).nonzero().squeeze(-1)
             if not len(going):
                 break
@@ -110,7 +140,6 @@ class Elm:
                 cache.batch_select_indices(going)
                 rows, tokens = rows[going], tokens[going]
             embeds = self._embed(tokens[:, None])
-        return said
 
     @torch.no_grad()
     def read(self, texts: Sequence[str], prompt: PromptIds, max_new_tokens: int, max_text_tokens: int) -> list[str]:
@@ -212,6 +241,15 @@ def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
     other.layers = [copy.copy(layer) for layer in cache.layers]
     other.batch_repeat_interleave(rows)  # gives the copied layers tensors of their own
     return other
+
+
+def token_table(llm: PreTrainedModel) -> Tensor:
+    """What the LLM's embedding layer makes of each token, (vocab, llm_dim): its weights, which Gemma's layer scales."""
+    layer = llm.get_input_embeddings()
+    if type(layer) is nn.Embedding:
+        return layer.weight
+    with torch.no_grad():
+        return layer(torch.arange(len(layer.weight), device=layer.weight.device))
 
 
 def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapter:

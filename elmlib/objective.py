@@ -42,7 +42,7 @@ def loss_parts(bench: Learner, batch: Batch, config: SummaryTrainingConfig) -> L
         hidden,
         bench.elm.head,
         batch.labels,
-        config.drift_top_k if config.use_text_drift_loss else 1,
+        config.drift_top_k if config.use_text_drift_loss else 0,
         lesson.ids if lesson else None,
     )
     contrastive = drift = similarity = teacher = torch.zeros((), device=soft.device)

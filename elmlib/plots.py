@@ -1,5 +1,7 @@
 """Curves of a run: `curves_info` reads them, `plot_curves` draws them. No torch here: a plot needs only files."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,3 +93,18 @@ def draw_curves(run: Path) -> "Figure":
     plot_curves(curves_info(run), axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def plot_map(points: np.ndarray, groups: Sequence[str], chosen: int, ax: "Axes", shown: int = 8) -> None:
+    """Draw points (n, 2), the `shown` largest groups in colours of their own, and a ring around the chosen one."""
+    common = [group for group, _ in Counter(groups).most_common(shown)]
+    others = np.array([group not in common for group in groups])
+    if others.any():
+        ax.scatter(*points[others].T, s=12, color="#cccccc", label="others")
+    for group in common:
+        ax.scatter(*points[np.array(groups) == group].T, s=14, label=group)
+    ax.scatter(*points[chosen], s=160, facecolors="none", edgecolors="black", linewidths=2)
+    ax.set_xlabel("first principal component")
+    ax.set_ylabel("second principal component")
+    ax.legend(fontsize="small", frameon=False, loc="best")
+    ax.spines[["top", "right"]].set_visible(False)

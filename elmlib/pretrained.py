@@ -77,14 +77,27 @@ def public_name(name: str) -> str:
     return name.lower() if name.lower() in WHEELS else name
 
 
-def locate(name: str) -> str:
+def revision_of(name: str, model: "PreTrainedModel") -> str:
+    """Which `name` was loaded: a wheel's version, the hub's commit, or nothing for a folder."""
+    return _wheel_version(name) or getattr(model.config, "_commit_hash", None) or ""
+
+
+def _wheel_version(name: str) -> str:
+    wheel = None if Path(name).expanduser().is_dir() else WHEELS.get(name.lower())
+    return importlib.metadata.version(wheel.requirement.partition("==")[0]) if wheel else ""
+
+
+def locate(name: str, revision: str = "") -> str:
     """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id.
 
     With the hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes.
-    Raises FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere.
+    Raises FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere, and
+    ValueError for an installed wheel of another version than `revision`.
     """
     found = find(name)
     if Path(found).is_dir():
+        if revision and (there := _wheel_version(name)) and there != revision:
+            raise ValueError(f"{name} is installed as {there}; {name} {revision} is wanted: install that version")
         return found
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -96,13 +109,15 @@ def locate(name: str) -> str:
     )
 
     try:
-        HfApi().model_info(found, timeout=HUB_TIMEOUT)
+        HfApi().model_info(found, revision=revision or None, timeout=HUB_TIMEOUT)
         return found
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(_not_found(name, found, f"it answered: {error}")) from error
     except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         try:
-            folder = snapshot_download(found, local_files_only=True, allow_patterns="config.json")
+            folder = snapshot_download(
+                found, revision=revision or None, local_files_only=True, allow_patterns="config.json"
+            )
         except LocalEntryNotFoundError:
             raise FileNotFoundError(_not_found(name, found, f"out of reach: {error}")) from error
         logger.info("the hub is out of reach; %s is read from the cache, %s", found, folder)
@@ -110,19 +125,22 @@ def locate(name: str) -> str:
 
 
 def load_llm(
-    name: str, dtype: "torch.dtype", device: "torch.device | str"
+    name: str, dtype: "torch.dtype", device: "torch.device | str", revision: str = ""
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal LLM, frozen and in eval mode, and its tokenizer. Raises FileNotFoundError as `locate` does."""
+    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a commit of the hub, empty for the newest.
+
+    Raises as `locate` does.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = locate(name)
+    place = locate(name, revision)
     # On a CPU the fused kernel's backward pass is slow on short rows: a training step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        llm = AutoModelForCausalLM.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
+        llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     return llm.to(device).requires_grad_(False).eval(), tokenizer
 
 
@@ -143,18 +161,18 @@ def check_head(llm: "PreTrainedModel") -> None:
         raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
 
 
-def load_embedder(name: str, device: "torch.device | str") -> "SentenceTransformer":
+def load_embedder(name: str, device: "torch.device | str", revision: str = "") -> "SentenceTransformer":
     """A text embedder, frozen and in eval mode, in bfloat16 where the device multiplies it natively.
 
     On 2 cores with avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32.
-    Raises FileNotFoundError as `locate` does.
+    Raises as `locate` does.
     """
     import torch
     from sentence_transformers import SentenceTransformer
 
-    place = locate(name)
+    place = locate(name, revision)
     with quiet_bars():
-        embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False)
+        embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
     return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
 
 
@@ -167,6 +185,13 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
         raise ValueError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
     return vectors.astype(np.float32, copy=False)
+
+
+def default_device() -> "torch.device":
+    """The GPU where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def native_bf16(device: "torch.device | str") -> bool:

@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import find_split
 from elmlib.live import make_pruner
+from elmlib.settings import base_config
 from elmlib.space import Settings, first_trials, load_space
 from elmlib.storage import open_storage, turn
 from elmlib.study_commands import StudyConfig
@@ -25,8 +26,8 @@ CONTRACT = "contract"
 
 
 def base_settings(config: StudyConfig) -> SummaryTrainingConfig:
-    """The training settings of the study but for what is searched: the defaults, or those of `config.config`."""
-    base = SummaryTrainingConfig.from_json(config.config) if config.config else SummaryTrainingConfig()
+    """The training settings of the study but for what is searched: the defaults, the preset's, the file's."""
+    base = base_config(config.preset, config.config)
     return replace(
         base,
         summary_data_path=config.data_dir,

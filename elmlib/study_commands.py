@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from elmlib.config import require
+from elmlib.settings import Preset
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,11 @@ class StudyConfig(StudyPlace):
     """How often a trial that was killed is run again, at least 0."""
     seed: int = 0
     """Seed of the sampler and of every trial's training."""
+    preset: Preset = ""
+    """`qwen3-4b`: the guide's models in the place of the offline ones."""
     config: Path | None = None
-    """JSON file of training settings that replace the defaults; what is searched, and the flags here, stand over it."""
+    """JSON or YAML file of training settings that replace the defaults; what is searched, and the flags here, stand
+    over it."""
     space: Path | None = None
     """YAML or Python file with another search space than the guide's."""
     notebook: Path = Path("notebooks/02_train.ipynb")

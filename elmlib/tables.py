@@ -34,13 +34,20 @@ _QUALITY = (
 _TEXTS = ("source_id", "target_text", "prediction")
 
 
+def score_rows(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Label, score with true embeddings and score with shuffled ones, for each score that has both."""
+    return [
+        (label, metrics[name], metrics[f"{name}_shuffled"])
+        for name, label in _ROWS
+        if name in metrics and f"{name}_shuffled" in metrics
+    ]
+
+
 def score_table(metrics: Mapping[str, Any]) -> str:
     """Each score with true embeddings, with shuffled ones, and the difference; then the form of the summaries."""
     lines = [f"{'':<26}{'true':>10}{'shuffled':>10}{'difference':>12}"]
-    for name, label in _ROWS:
-        if name in metrics and f"{name}_shuffled" in metrics:
-            true, shuffled = metrics[name], metrics[f"{name}_shuffled"]
-            lines.append(f"{label:<26}{true:>10.3f}{shuffled:>10.3f}{true - shuffled:>+12.3f}")
+    for label, true, shuffled in score_rows(metrics):
+        lines.append(f"{label:<26}{true:>10.3f}{shuffled:>10.3f}{true - shuffled:>+12.3f}")
     lines += [f"{label:<26}{metrics[name]:>10.3f}" for name, label in _QUALITY if name in metrics]
     if "bertscore_hash" in metrics:
         lines.append(f"BERTScore settings: {metrics['bertscore_hash']}")

@@ -56,7 +56,8 @@ def train(
 
     `trackers` see every row beside the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases. `bench`,
     of an earlier run on the same models and data, lends its frozen parts; its adapter stays as it is. `stop` is asked
-    after each evaluation: its reason ends the run there, saved; empty lets it go on.
+    after each evaluation, and in a single process after each step: its reason ends the run there, saved; empty lets
+    it go on.
     Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
     """
     return _Run(config, trackers, bench, stop).finish()
@@ -159,7 +160,9 @@ class _Run:
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            if ends or self._is_eval_due():
+            if self.world == 1:  # several would have to agree, at a price, and do so after evaluations
+                self._stop_for(self.stop())
+            if ends or (self._is_eval_due() and not self.state.stopped):
                 self._evaluate(epoch_ends)
             if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
                 self._save()
@@ -264,8 +267,12 @@ class _Run:
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
-        if self.state.stopped:
-            logger.warning("step %d: stopped: %s", self.state.step, self.state.stopped)
+        self._stop_for(self.state.stopped)
+
+    def _stop_for(self, reason: str) -> None:
+        if reason:
+            self.state = replace(self.state, stopped=reason)
+            logger.warning("step %d: stopped: %s", self.state.step, reason)
 
     def _keep_best(self, result: Validation) -> None:
         checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)

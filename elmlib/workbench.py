@@ -14,7 +14,7 @@ from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Split, load_split, opening_split
 from elmlib.drift import DriftHead, DriftReadout, ReEmbed
 from elmlib.fits import Fits, load_fits
-from elmlib.model import Elm, make_adapter
+from elmlib.model import Elm, make_adapter, token_table
 from elmlib.pretrained import check_head, encode, load_embedder, load_llm, native_bf16
 from elmlib.ridge import views
 from elmlib.teacher import Teacher, load_teacher
@@ -94,7 +94,7 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
     train, val = (load_split(config, split, tokenizer) for split in ("train", "val"))
     for name, split in (("train", train), ("val", val)):
         logger.info("%s: %d rows, %d left out as too long", name, len(split), split.too_long)
-    table = llm.get_input_embeddings().weight
+    table = token_table(llm)
     adapter = make_adapter(config, table).to(device)
     fits = load_fits(train, val, table, adapter)
     evaluation_device = torch.device(config.evaluation_device or device)

@@ -17,6 +17,7 @@ MODULES = sorted((ROOT / "elmlib").glob("*.py"))
 # Data walks one way: a module imports only from modules above it.
 LAYERS = [
     "config",
+    "settings",
     "commands",
     "study_commands",
     "benchmark_commands",
@@ -91,6 +92,7 @@ LAYERS = [
     "benchmark_tables",
     "benchmark_plots",
     "benchmark",
+    "foresight",
     "actions",
     "cli",
     "__main__",
