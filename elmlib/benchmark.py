@@ -103,7 +103,7 @@ def _race(name: str, jobs: dict[str, Job], turns: int, **facts: Any) -> Result:
 
 
 def _steps(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
-    for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, max(1, config.steps // 4))):
+    for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, config.steps // 4)):
         steps = make(bench, settings, count)
         jobs = step_contest(bench, settings, steps)
         yield _race(name, jobs, config.turns, **_work(bench, steps, jobs["elmlib, NLL"]))
@@ -137,7 +137,7 @@ def _matmul_rate(like: torch.Tensor, size: int = 2048) -> float:
 
 
 def _tried(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
-    for length, make, count in (("short", short_steps, config.steps), ("long", long_steps, config.steps // 2)):
+    for length, make, count in (("short", short_steps, config.steps // 4), ("long", long_steps, config.steps // 8)):
         steps = make(bench, settings, count)
         seconds: dict[str, list[float]] = {}
         notes: dict[str, dict[str, Any]] = {}
