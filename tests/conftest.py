@@ -15,10 +15,20 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from studies import ROOT, SPACE, STUB
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.layout import SPLITS
@@ -26,6 +36,7 @@ from elmlib.pretrained import encode, load_embedder
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import Record, write_embeddings
 from elmlib.study_commands import StudyConfig
+from elmlib.trainer import train
 
 SUBJECTS = ("parser", "server", "tensor", "kernel", "socket", "buffer", "thread", "planet", "garden", "engine")
 VERBS = ("reads", "writes", "opens", "closes", "moves", "counts", "copies", "sorts", "paints", "measures")
@@ -96,6 +107,27 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save_qwen_pair(folder: Path, dim: int) -> tuple[Path, Path]:
+    """Folders of a random two-layer Qwen3 LLM and of a random Qwen3 embedder of size `dim`, with one tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(3)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    shape |= {"vocab_size": len(tokenizer) + 3, "intermediate_size": 64, "initializer_range": 0.2}
+    shape |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    Qwen3ForCausalLM(Qwen3Config(hidden_size=32, tie_word_embeddings=True, **shape)).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    Qwen3Model(Qwen3Config(hidden_size=dim, **shape)).save_pretrained(folder / "parts")
+    end = tokenizer.eos_token  # the embedder of this family closes each text with one token and reads the vector there
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.chat_template = None  # with one, sentence-transformers embeds each text as a chat message
+    tokenizer.save_pretrained(folder / "parts")
+    parts = [Transformer(str(folder / "parts")), Pooling(dim, pooling_mode="lasttoken"), Normalize()]
+    SentenceTransformer(modules=parts, device="cpu").save(str(folder / "embedder"))
+    return folder / "llm", folder / "embedder"
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A filtered corpus in the guide's layout: 96 / 24 / 24 rows of generated sentences with MiniLM vectors."""
@@ -125,10 +157,22 @@ def write_split(folder: Path, split: str, pairs: list[tuple[str, str]], vectors:
 @pytest.fixture
 def tiny_config(tiny_llm: Path, small_data: Path, tmp_path: Path) -> SummaryTrainingConfig:
     """A run of a few seconds that uses every loss."""
+    return tiny_settings(tiny_llm, small_data, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_llm: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(replace(tiny_settings(tiny_llm, small_data, folder), max_epochs=1))
+    return folder
+
+
+def tiny_settings(llm: Path, data: Path, run: Path) -> SummaryTrainingConfig:
     return SummaryTrainingConfig(
-        llm_model_name=str(tiny_llm),
-        summary_data_path=str(small_data),
-        checkpoint_dir=str(tmp_path / "run"),
+        llm_model_name=str(llm),
+        summary_data_path=str(data),
+        checkpoint_dir=str(run),
         hidden_dim=32,
         batch_size=8,
         eval_interval=6,

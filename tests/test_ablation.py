@@ -342,7 +342,7 @@ def test_a_text_that_the_teacher_lacks_is_told_before_anything_is_trained(
 def test_the_command_under_the_table_means_the_same_settings(config: AblateConfig) -> None:
     program, *arguments = shlex.split(command_line(config))
     assert program == "elm"
-    assert cli.parse(arguments) == (cli.COMMANDS["ablate"], config)
+    assert cli.parse(arguments)[:2] == (cli.COMMANDS["ablate"], config)
 
 
 @pytest.fixture

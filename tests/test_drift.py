@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, sentences
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers.processors import TemplateProcessing
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from conftest import make_tokenizer, save_qwen_pair, sentences
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.drift import DriftReadout, ReEmbed, expected_token_embedding, text_drift
@@ -197,24 +193,7 @@ def test_the_readout_maps_the_expected_embedding_and_lets_the_gradient_through()
 @pytest.fixture(scope="module")
 def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random two-layer Qwen3 LLM and a random two-layer Qwen3 embedder of another size, with one tokenizer."""
-    folder = tmp_path_factory.mktemp("qwen")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(3)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    shape |= {"vocab_size": len(tokenizer) + 3, "intermediate_size": 64, "initializer_range": 0.2}
-    shape |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    Qwen3ForCausalLM(Qwen3Config(hidden_size=32, tie_word_embeddings=True, **shape)).save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
-    Qwen3Model(Qwen3Config(hidden_size=24, **shape)).save_pretrained(folder / "parts")
-    end = tokenizer.eos_token  # the embedder of this family closes each text with one token and reads the vector there
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    tokenizer.chat_template = None  # with one, sentence-transformers embeds each text as a chat message
-    tokenizer.save_pretrained(folder / "parts")
-    parts = [Transformer(str(folder / "parts")), Pooling(24, pooling_mode="lasttoken"), Normalize()]
-    SentenceTransformer(modules=parts, device="cpu").save(str(folder / "embedder"))
-    return folder / "llm", folder / "embedder"
+    return save_qwen_pair(tmp_path_factory.mktemp("qwen"), 24)
 
 
 @pytest.fixture

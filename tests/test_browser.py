@@ -1,0 +1,193 @@
+"""The notebooks in a real JupyterLab and browser: all cells run, a slider moves the summary, a click stops a run."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from conftest import sentences
+from papermill.parameterize import parameterize_notebook
+from playwright.sync_api import Page, expect, sync_playwright
+
+from elmlib.config import SummaryTrainingConfig
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "papermill_runs" / "browser"
+CHROMIUM = shutil.which("chromium")
+MINUTE = 60_000  # milliseconds, as Playwright counts
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian: apt-get install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, trained_run: Path, small_data: Path) -> Path:
+    """A folder of all notebooks at smoke size: a tiny LLM, each reading what the one before wrote."""
+    place = tmp_path_factory.mktemp("workplace")
+    texts = [json.dumps({"text": text, "summary": summary}) + "\n" for text, summary in sentences(120, 2)]
+    (place / "texts.jsonl").write_text("".join(texts))
+    settings = SummaryTrainingConfig(
+        llm_model_name=str(tiny_llm), summary_data_path="filtered", hidden_dim=32, batch_size=8, eval_nll_samples=16,
+        eval_samples=8, max_new_tokens=8, checkpoint_dir="run", max_epochs=400, eval_interval=2000, use_bf16=False,
+    )  # fmt: skip
+    (place / "settings.json").write_text(settings.to_json())
+    (place / "short.json").write_text(replace(settings, max_epochs=1).to_json())
+    (place / "space.yaml").write_text(
+        f"learning_rate: {{low: 1.0e-4, high: 1.0e-2, log: true}}\nllm_model_name: {tiny_llm}\nhidden_dim: 32\n"
+    )
+    parameters: dict[str, dict[str, Any]] = {
+        "00_build_corpus": {
+            "source": "texts.jsonl", "output_dir": "synthesis", "output_embeddings_dir": "embeddings", "limit": 0,
+            "val_fraction": 0.2, "test_fraction": 0.1,
+        },
+        "01_filter_summaries": {
+            "input_dir": "synthesis", "input_embeddings_dir": "embeddings", "output_dir": "filtered/synthesis",
+            "output_embeddings_dir": "filtered/embeddings",
+        },
+        "02_train": {"settings_file": "settings.json"},
+        "03_study": {
+            "study_name": "study", "data_dir": "filtered", "checkpoint_dir": ".", "space": "space.yaml", "trials": 1,
+            "eval_samples": 8, "evals_per_epoch": 1,
+        },
+        "04_analysis": {"run_dir": "run", "data_dir": "filtered", "samples": 8, "candidates": 0},
+        "05_ask": {"checkpoint": str(trained_run), "data_dir": str(small_data)},
+        "06_benchmark": {
+            "data_dir": "filtered", "output_dir": "benchmark", "config_file": "short.json", "turns": 1, "steps": 2,
+            "eval_samples": 4, "filter_lines": 1000, "only": "filter,evaluation",
+        },
+    }  # fmt: skip
+    for source in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = parameterize_notebook(nbformat.read(source, as_version=4), parameters[source.stem])
+        nbformat.write(notebook, place / source.name)
+    return place
+
+
+@pytest.fixture(scope="module")
+def lab(workplace: Path) -> Iterator[str]:
+    """The address of a JupyterLab that serves that folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = workplace / ".lab" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    # All cells in the page, not those alone that a person would see.
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
+               "--IdentityProvider.token=", "--expose-app-in-browser", "--LabApp.news_url=None",
+               f"--ServerApp.root_dir={workplace}"]  # fmt: skip
+    environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(workplace / ".lab"), "PYTHONPATH": str(ROOT)}
+    with open(workplace / "lab.log", "wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address, give_up = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/status", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert time.monotonic() < give_up and server.poll() is None, (workplace / "lab.log").read_text()
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def page(lab: str) -> Iterator[Page]:
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1300, "height": 1700})
+        page.set_default_timeout(4 * MINUTE)
+        yield page
+        browser.close()
+
+
+def open_notebook(page: Page, lab: str, name: str) -> None:
+    """Open a notebook in the lab, and wait for its kernel."""
+    page.goto(f"{lab}/lab/tree/{name}.ipynb")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+
+
+def start_all(page: Page) -> None:
+    """Run all cells, as the menu's entry does, without waiting for them."""
+    page.evaluate(
+        "window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(it => {window.ran = it})"
+    )
+
+
+def wait_for_all(page: Page, name: str) -> list[dict[str, Any]]:
+    """The cells, when all have run; none has failed, and a picture of the page is kept."""
+    page.wait_for_function("window.ran !== null", timeout=6 * MINUTE)
+    cells = page.evaluate("jupyterapp.shell.currentWidget.content.model.toJSON().cells")
+    page.screenshot(path=PICTURES / f"{name}.png")
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    errors = [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not errors, errors
+    assert all(cell["execution_count"] for cell in code), f"{name}: a cell did not run"
+    return code
+
+
+@pytest.mark.parametrize("name", ["00_build_corpus", "01_filter_summaries"])
+def test_the_data_notebooks_run(name: str, page: Page, lab: str) -> None:
+    open_notebook(page, lab, name)
+    start_all(page)
+    wait_for_all(page, name)
+
+
+def test_a_run_is_watched_and_stopped_by_its_button(page: Page, lab: str, workplace: Path) -> None:
+    open_notebook(page, lab, "02_train")
+    start_all(page)
+    button = page.get_by_role("button", name="Stop and save")
+    button.wait_for()
+    picture = page.locator(".jp-OutputArea img.widget-image").first
+    picture.wait_for()
+    first = picture.get_attribute("src")
+    expect(picture).not_to_have_attribute("src", str(first), timeout=MINUTE)  # the curves grow
+    button.click()
+    wait_for_all(page, "02_train")
+    result = json.loads((workplace / "run" / "result.json").read_text())
+    assert result["stopped"] == "by hand" and 0 < result["steps"] < 400 * 9
+
+
+@pytest.mark.parametrize("name", ["03_study", "04_analysis", "06_benchmark"])
+def test_the_notebooks_behind_it_run(name: str, page: Page, lab: str) -> None:
+    open_notebook(page, lab, name)
+    start_all(page)
+    wait_for_all(page, name)
+
+
+def test_a_slider_moves_the_summary(page: Page, lab: str) -> None:
+    open_notebook(page, lab, "05_ask")
+    start_all(page)
+    wait_for_all(page, "05_ask")
+    cell = page.locator(".jp-CodeCell", has_text="page.blend()")
+    card, handle = cell.locator(".elm-card"), cell.locator(".noUi-handle")
+    before = card.inner_text()
+    handle.press("End")  # all of text B
+    page.wait_for_function(
+        "([element, before]) => element.innerText !== before && element.innerText.includes('similarity')",
+        arg=[cell.locator(".widget-html-content").element_handle(), before],
+    )
+    after = card.inner_text()
+    assert "summary" in after and "near:" in after and after != before
+    asked = page.locator(".jp-CodeCell", has_text="page.ask()")
+    asked.locator("textarea").fill("The engine counts the old letter.")
+    asked.get_by_role("button", name="Summarise").click()
+    expect(asked.locator(".elm-card")).to_contain_text("The engine counts the old letter.")
+    cell.scroll_into_view_if_needed()
+    page.screenshot(path=PICTURES / "05_ask_moved.png")

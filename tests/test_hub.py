@@ -1,0 +1,122 @@
+"""An adapter goes to a folder or the hub and comes back: same summaries, same scores, and with no other models."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer
+from huggingface_hub import HfApi
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from elmlib import Elm
+from elmlib.config import OFFLINE_EMBEDDER
+from elmlib.decoding import Sampling
+
+TEXTS = ["Each day the parser opens the file and then it rests until noon.", "The garden sorts two keys."]
+
+
+@pytest.fixture
+def run(trained_run: Path) -> Path:
+    return trained_run
+
+
+def test_three_lines_from_a_text_to_its_summary(run: Path) -> None:
+    elm = Elm.from_pretrained(run)
+    vectors = elm.embed(TEXTS)
+    summaries = elm.summarize(vectors)
+    assert vectors.shape == (2, 384) and len(summaries) == 2
+    assert elm.summarize(torch.from_numpy(vectors[:1])) == summaries[:1]
+    drawn = elm.summarize(vectors, sampling=Sampling(count=3, temperature=1.0))
+    assert len(drawn) == 2
+    assert elm.metrics["bertscore_f1_shuffled"] < 1
+    np.testing.assert_allclose(elm.mean_vector(), elm.reader.adapter.mean.numpy())
+
+
+def test_what_is_saved_comes_back_with_its_scores_beside_their_controls(
+    run: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    elm = Elm.from_pretrained(run)
+    elm.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        "best_summary_model.safetensors", "config.json", "README.md",
+    }  # fmt: skip
+    about = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (
+        about["llm"] == tiny_llm.name and about["embedding_model"] == OFFLINE_EMBEDDER and about["embedding_revision"]
+    )
+    assert str(tiny_llm) not in json.dumps(about), "where a model lies on this machine is nobody's business"
+    card = (tmp_path / "saved" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("| BERTScore F1 |"))
+    assert f"{elm.metrics['bertscore_f1']:.3f} | {elm.metrics['bertscore_f1_shuffled']:.3f}" in line
+    again = Elm.from_pretrained(tmp_path / "saved", llm_model=str(tiny_llm))
+    vectors = elm.embed(TEXTS)
+    assert again.summarize(vectors) == elm.summarize(vectors)
+    assert again.metrics == elm.metrics
+
+
+def test_an_upload_is_private_unless_said_otherwise(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Repository:
+        repo_id = "me/adapter"
+
+    def create(_: HfApi, repo_id: str, private: bool | None, **__: Any) -> Repository:
+        calls.append((repo_id, private))
+        return Repository()
+
+    def upload(_: HfApi, folder_path: Path, **__: Any) -> str:
+        calls.append(("files", sorted(path.name for path in Path(folder_path).iterdir())))
+        return "url"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    elm = Elm.from_pretrained(run)
+    assert elm.push_to_hub("me/adapter") == "url"
+    elm.push_to_hub("me/adapter", private=False)
+    files = ["README.md", "best_summary_model.safetensors", "config.json"]
+    assert calls == [("me/adapter", True), ("files", files), ("me/adapter", False), ("files", files)]
+
+
+def test_another_llm_embedder_or_size_is_refused_with_both_names(run: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"LLM .*{tiny_llm.name}; smollm2-135m-instruct is another"):
+        Elm.from_pretrained(run, llm_model="smollm2-135m-instruct")
+    with pytest.raises(ValueError, match=rf"embedder {OFFLINE_EMBEDDER}; Qwen/Qwen3-Embedding-4B is another"):
+        Elm.from_pretrained(run, embedding_model="Qwen/Qwen3-Embedding-4B")
+    tokenizer = make_tokenizer()
+    other = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    folder = tmp_path / "elsewhere" / tiny_llm.name
+    LlamaForCausalLM(other).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"token embeddings of size 16; .* writes 32"):
+        Elm.from_pretrained(run, llm_model=str(folder))
+    elm = Elm.from_pretrained(run)
+    with pytest.raises(ValueError, match=rf"shape \(1, 8\); this adapter reads \(n, 384\), of {OFFLINE_EMBEDDER}"):
+        elm.summarize(np.zeros((1, 8), np.float32))
+
+
+def test_another_version_of_a_wheel_is_refused(run: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    Elm.from_pretrained(run).save_pretrained(tmp_path / "saved")
+    about = tmp_path / "saved" / "config.json"
+    values = json.loads(about.read_text())
+    about.write_text(json.dumps(values | {"embedding_revision": "0.0.1"}))
+    elm = Elm.from_pretrained(tmp_path / "saved", llm_model=str(tiny_llm))
+    with pytest.raises(
+        ValueError, match=rf"{OFFLINE_EMBEDDER} is installed as {values['embedding_revision']}; .* 0\.0\.1"
+    ):
+        elm.embed(TEXTS)
+
+
+def test_what_is_no_adapter_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"best_summary_model\.safetensors does not exist"):
+        Elm.from_pretrained(tmp_path)
+    assert Elm.from_pretrained(run / "best_summary_model.safetensors").metrics
+    shutil.copy(run / "best_summary_model.safetensors", tmp_path / "alone.safetensors")
+    elm = Elm.from_pretrained(tmp_path / "alone.safetensors")
+    assert elm.metrics == {}
+    elm.save_pretrained(tmp_path / "saved")
+    assert "No scores were saved" in (tmp_path / "saved" / "README.md").read_text()
