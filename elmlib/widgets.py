@@ -67,15 +67,16 @@ class Page:
         typed = ipw.Textarea(placeholder="... or type a text of your own", layout=ipw.Layout(width="95%", height="6em"))
         button = ipw.Button(description="Summarise", button_style="primary")
 
+        def show(vector: Callable[[], np.ndarray], text: str, reference: str) -> None:
+            row = choice.value
+            self._follow(card, vector, lambda: Known(text, reference, self.explorer.controls(row, self.manner())))
+
         def show_row(*_: object) -> None:
             record = self.explorer.val.records[choice.value]
-            self._follow(card, lambda: self.explorer.vectors[choice.value], lambda: Known(
-                record.source_text or "", record.target_text, self.explorer.controls(choice.value, self.manner())
-            ))  # fmt: skip
+            show(lambda: self.explorer.vectors[choice.value], record.source_text or "", record.target_text)
 
         def show_typed(*_: object) -> None:
-            known = Known(typed.value)
-            self._follow(card, lambda: self.explorer.elm.embed([typed.value])[0], lambda: known)
+            show(lambda: self.explorer.elm.embed([typed.value])[0], typed.value, "")
 
         choice.observe(show_row, "value")
         button.on_click(show_typed)
