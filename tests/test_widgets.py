@@ -92,10 +92,10 @@ def test_a_pasted_vector_is_read_or_refused_in_words(page: Page, tmp_path: Path)
 def test_the_map_shows_the_chosen_point(page: Page) -> None:
     mapped = page.map()
     picture = one(mapped, ipw.Image)
-    before = picture.value
+    before = bytes(picture.value)
     assert before.startswith(b"\x89PNG")
     one(mapped, ipw.Dropdown).value = 5
-    assert picture.value != before
+    assert bytes(picture.value) != before
     assert escape(page.explorer.val.records[5].target_text) in one(mapped, ipw.HTML).value
 
 
@@ -127,7 +127,7 @@ def test_a_watched_run_draws_its_curves_and_stops_at_a_click(tiny_config: Summar
             assert view.button.disabled
 
     result = train(tiny_config, [view, Clicker()], stop=view.stop_reason)
-    assert view.picture.value.startswith(b"\x89PNG")
+    assert bytes(view.picture.value).startswith(b"\x89PNG")
     assert result.metrics["steps"] == 4 and result.last.is_file()
     stopped = json.loads((result.best.parent / "result.json").read_text())
     assert stopped["stopped"] == "by hand"
