@@ -65,13 +65,13 @@ def variants(base: SummaryTrainingConfig) -> tuple[Variant, ...]:
 
     Names say what is other than in `base`; a variant that would equal the base or an earlier one is left out.
     """
-    plain_loss = {"use_contrastive_loss": False, "use_text_drift_loss": False, "use_teacher_kl": False}
-    guide = {
+    plain_loss: dict[str, Any] = {"use_contrastive_loss": False, "use_text_drift_loss": False, "use_teacher_kl": False}
+    guide: dict[str, Any] = {
         "num_soft_tokens": 1, "warm_start": False, "soft_token_place": "text", "use_teacher_kl": False,
         "pretrain_epochs": 0,
     }  # fmt: skip
     other_place = "text" if base.soft_token_place == "answer" else "answer"
-    asked = [
+    asked: list[tuple[str, dict[str, Any]]] = [
         (DEFAULTS, {}),
         ("random start" if base.warm_start else "warm start", {"warm_start": not base.warm_start}),
         ("one view", {"warm_start_views": False} if base.warm_start and base.num_soft_tokens > 1 else {}),

@@ -142,6 +142,7 @@ def _tried(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkC
         seconds: dict[str, list[float]] = {}
         notes: dict[str, dict[str, Any]] = {}
         usual, *others = attempts(bench, settings, steps, config.compile)
+        assert usual.make is not None, usual  # the step as it is can always be made
         for attempt in others:
             notes[attempt.name] = {"about": attempt.about, "kept": attempt.kept}
             if attempt.make is None:

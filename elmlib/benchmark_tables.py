@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
         return "no" if self.value < self.at_least or self.value > self.at_most else "yes"
 
 
-_RATIOS = (
+_RATIOS: tuple[tuple[str, str, str, str, dict[str, float]], ...] = (
     ("short answers: naive / elmlib", SHORT, "naive, NLL", "elmlib, NLL", {"at_least": 4.0}),
     ("short answers, all losses: naive / elmlib", SHORT, "naive, all losses", "elmlib, all losses", {}),
     ("short answers: all losses / NLL alone", SHORT, "elmlib, all losses", "elmlib, NLL", {"at_most": 1.25}),

@@ -158,11 +158,12 @@ class BERTScoreEvaluator:
         from bert_score.utils import greedy_cos_idf
 
         scores = np.zeros((len(referred), 3))
-        rows = [row for row, encoding in enumerate(predicted) if encoding is not None and encoding.weights.any()]
+        told = {row: it for row, it in enumerate(predicted) if it is not None and it.weights.any()}
+        rows = list(told)
         for start in range(0, len(rows), MATCH_BATCH):
             batch = rows[start : start + MATCH_BATCH]
             reference = pad([referred[row] for row in batch], self.device)
-            prediction = pad([predicted[row] for row in batch], self.device)
+            prediction = pad([told[row] for row in batch], self.device)
             scores[batch] = torch.stack(greedy_cos_idf(*reference, *prediction), dim=1).cpu().numpy()
         assert np.isfinite(scores).all(), scores
         return BERTScores(*scores.T)

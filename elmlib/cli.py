@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str]) -> Call:
         rest = _file_settings(command, rest)
     dry = command.writes_much and "--dry-run" in rest
     rest = [argument for argument in rest if not dry or argument != "--dry-run"]
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     config = tyro.cli(command.config, args=rest, prog=f"elm {name}", description=_about(command), **options)
     return Call(command, config, dry)
 

@@ -24,7 +24,7 @@ Job = Callable[[], object]
 
 LONG_TOKENS = 128
 """Tokens of a long answer: the guide's token_count."""
-_NLL_ONLY = {"use_contrastive_loss": False, "use_text_drift_loss": False}
+_NLL_ONLY: dict[str, Any] = {"use_contrastive_loss": False, "use_text_drift_loss": False}
 
 
 class Steps(NamedTuple):

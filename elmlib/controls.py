@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -113,8 +113,12 @@ def rerank(embed: Callable[[list[str]], np.ndarray], drawn: list[list[str]], vec
     """
     texts = list(dict.fromkeys(text for candidates in drawn for text in candidates if text))
     embedded = dict(zip(texts, unit_rows(embed(texts)), strict=True)) if texts else {}
+
+    def nearness(text: str, vector: np.ndarray) -> float:
+        return embedded[text] @ vector if text else -np.inf
+
     return [
-        max(candidates, key=lambda text, v=vector: embedded[text] @ v if text else -np.inf)
+        max(candidates, key=partial(nearness, vector=vector))
         for candidates, vector in zip(drawn, unit_rows(vectors), strict=True)
     ]
 

@@ -57,7 +57,7 @@ class CorpusReport:
 
     def to_table(self) -> str:
         """The counts as aligned text."""
-        rows = [("split", "groups", "pairs", *TASK_TEMPLATES)]
+        rows: list[tuple[str | int, ...]] = [("split", "groups", "pairs", *TASK_TEMPLATES)]
         rows += [(it.split, it.groups, it.pairs, *it.records.values()) for it in self.splits]
         lines = ["".join(f"{cell:>10}" for cell in row) for row in rows]
         lines.append(f"{self.found} pairs found, {self.dropped} duplicates dropped, {len(self.skipped)} files skipped")
@@ -112,7 +112,10 @@ def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[
 
     Of texts only the `opening` characters are compared, None for all. A pair goes with its text or last summary.
     """
-    texts, summaries, kept, dropped = set(), set(), [], 0
+    texts: set[str] = set()
+    summaries: set[str] = set()
+    kept: list[Pair] = []
+    dropped = 0
     for pair in sorted(pairs):
         text = _plain(pair.text)[:opening]
         if text in texts:
@@ -239,6 +242,7 @@ def _write_embeddings(
             with open(partial, "ab") as file:
                 file.write(rows.tobytes())
             bar.update(len(rows))
+    assert partial is not None, path  # no split is empty
     stored = np.memmap(partial, np.float32, "r").reshape(len(texts), -1)
     place = np.argsort(order)  # text -> its row in `stored`
     chunks = (stored[place[at : at + _COPY_ROWS]].tobytes() for at in range(0, len(texts), _COPY_ROWS))

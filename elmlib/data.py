@@ -44,7 +44,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+        embeddings, labels, sources = (
+            x.to(device, non_blocking=True) for x in (self.embeddings, self.labels, self.sources)
+        )
+        return Batch(embeddings, labels, sources, self.prompt, self.rows)
 
 
 class PromptBatch(NamedTuple):

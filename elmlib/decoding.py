@@ -12,7 +12,7 @@ NUCLEUS_TOKENS = 512
 class Sampling(NamedTuple):
     """How candidates are drawn."""
 
-    count: int = 8
+    count: int = 8  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
     """Candidates per embedding."""
     temperature: float = 0.7
     """0 decodes greedily."""

@@ -46,7 +46,7 @@ def run_stages(stages: list[Stage], folder: Path, notebooks: Path) -> None:
             continue
         write_json(about, {"key": key, "finished": False})
         # A stage that knows how to go on is told to, but only behind a stop of this very stage.
-        resume = {"resume_from": "latest"} if same and "resume_from" in stage.parameters else {}
+        resume: dict[str, Value] = {"resume_from": "latest"} if same and "resume_from" in stage.parameters else {}
         print(f"{stage.notebook}: running{' on from where it stopped' if resume else ''}", flush=True)
         execute_notebook(source, folder / f"{stage.notebook}.ipynb", stage.parameters | resume)
         if not stage.result.is_file():

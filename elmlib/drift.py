@@ -3,11 +3,10 @@
 Two heads turn predicted tokens into a vector of that space: a fitted linear read-out, or the embedder itself.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from elmlib.losses import Predictions
@@ -15,9 +14,7 @@ from elmlib.ridge import LinearMap
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-DriftHead = Callable[[Predictions], Tensor]
-"""Predictions of a batch -> (batch, embedding_dim): the meaning of what the model is about to say."""
+    from transformers import PreTrainedModel
 
 
 def text_drift(meanings: Tensor, embeddings: Tensor, target_similarity: float) -> tuple[Tensor, Tensor]:
@@ -68,9 +65,9 @@ class ReEmbed:
     def __init__(self, embedder: "SentenceTransformer", llm_tokenizer: Any):
         """Raises ValueError where the two tokenizers number their tokens differently."""
         _check_one_tokenizer(embedder.tokenizer, llm_tokenizer)
-        self.transformer: nn.Module = embedder[0].auto_model
+        self.transformer = cast("PreTrainedModel", embedder[0].auto_model)
         self.after = list(embedder)[1:]  # pooling and whatever follows it
-        self.table: Tensor = self.transformer.get_input_embeddings().weight
+        self.table = cast(Tensor, self.transformer.get_input_embeddings().weight)
         # What the embedder puts around each text is what two texts of one token each have in common.
         first, second = (embedder.preprocess([text])["input_ids"][0].tolist() for text in ("a", "b"))
         place = next(place for place, (x, y) in enumerate(zip(first, second, strict=True)) if x != y)
@@ -102,6 +99,10 @@ class ReEmbed:
         for module in self.after:
             features = module(features)
         return features["sentence_embedding"].float()
+
+
+DriftHead = DriftReadout | ReEmbed
+"""Predictions of a batch -> (batch, embedding_dim): the meaning of what the model is about to say."""
 
 
 def _check_one_tokenizer(embedder_tokenizer: Any, llm_tokenizer: Any) -> None:

@@ -13,8 +13,8 @@ from elmlib.pretrained import locate, public_name, quiet_bars
 
 if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 s, which `elm --help` need not wait for
     import torch
-    from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Encoding(NamedTuple):
 class Encoder(NamedTuple):
     """A loaded encoder."""
 
-    model: "nn.Module"
+    model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     device: "torch.device"
     batch_size: int

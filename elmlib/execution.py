@@ -34,8 +34,9 @@ def execute_notebook(
                     await super()._async_launch_kernel(kernel_cmd, **kwargs)
                     return
                 kernel.connect(self.connection_file)
-                self.provisioner.process, self.provisioner.pid = kernel, kernel.pid
-                self._reconcile_connection_info(self.provisioner.connection_info)
+                provisioner: Any = self.provisioner  # a local one, whose `process` and `pid` its base class has not
+                provisioner.process, provisioner.pid = kernel, kernel.pid
+                self._reconcile_connection_info(provisioner.connection_info)
 
         papermill.execute_notebook(
             str(source),

@@ -138,7 +138,7 @@ def centre(vectors: np.ndarray) -> np.ndarray:
     return _as_long(vectors.mean(axis=0), np.linalg.norm(vectors, axis=1).mean())
 
 
-def _as_long(vector: np.ndarray, length: float) -> np.ndarray:
+def _as_long(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
     """`vector` at `length`: the adapter has only ever seen vectors of the embedder's own length."""
     norm = np.linalg.norm(vector)
     return (vector * (length / norm) if norm else vector).astype(np.float32)

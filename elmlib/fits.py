@@ -106,5 +106,5 @@ def _read(path: Path, device: torch.device) -> Fits:
 def _key(train: Split, val: Split, table: Tensor) -> str:
     """Hash of all that the fits depend on: vectors, answers, and the LLM's token embeddings."""
     digest = hashlib.sha256(json.dumps([train.digest(), val.digest(), str(table.dtype), table.shape]).encode())
-    digest.update(table.contiguous().cpu().view(torch.uint8).numpy())
+    digest.update(table.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:24]

@@ -32,7 +32,7 @@ class Notes:
     def __len__(self) -> int:
         return self._file.seek(0, 2) // _PAIR_BYTES
 
-    def add(self, pairs: array | np.ndarray) -> None:
+    def add(self, pairs: array | memoryview) -> None:
         """Append int64 pairs: value, line, value, line."""
         self._file.write(pairs)
 
@@ -77,12 +77,13 @@ def find_leaks(kind: str, field: str, notes: dict[str, Notes]) -> Iterator[Leak]
 
     The hashes are intersected partition by partition.
     """
-    counts, examples = Counter(), {}
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], np.int64] = {}
     num_parts = 1 + max(map(len, notes.values())) // _PAIRS
     for part in range(num_parts):
         hashes = {split: noted.partition(part, num_parts) for split, noted in notes.items()}
         for pair in combinations(notes, 2):
-            shared = np.intersect1d(*(hashes[split] for split in pair), assume_unique=True)
+            shared = np.intersect1d(hashes[pair[0]], hashes[pair[1]], assume_unique=True)
             if len(shared):
                 counts[pair] += len(shared)
                 examples.setdefault(pair, shared[0])

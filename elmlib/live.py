@@ -70,7 +70,8 @@ class LiveTrial:
         Its optimizer steps see the same rows; the trial's attribute `memory` says so. Outside a study `view` shows
         the run while it trains, and may stop it.
         """
-        if self.trial is None:
+        trial = self.trial
+        if trial is None:
             return train(config, [view.show()], stop=view.stop_reason) if view else train(config)
 
         def halve() -> int:
@@ -84,7 +85,7 @@ class LiveTrial:
             batches = config.gradient_accumulation_steps * config.batch_size // batch_size
             if halved:
                 note = f"{batch_size} x {batches} in the place of {config.batch_size} x "
-                self.trial.set_user_attr("memory", f"{note}{config.gradient_accumulation_steps}, which did not fit")
+                trial.set_user_attr("memory", f"{note}{config.gradient_accumulation_steps}, which did not fit")
             fitting = replace(config, batch_size=batch_size, gradient_accumulation_steps=batches)
             return train(fitting, [self], stop=self.stop_reason)
 

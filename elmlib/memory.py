@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from elmlib.adapter import EmbeddingAdapter
 from elmlib.benchmark_commands import PlanConfig
@@ -73,8 +74,8 @@ def _measure(config: PlanConfig, points: list[Point]) -> list[int]:
     return found
 
 
-def _adapter(config: PlanConfig, llm: torch.nn.Module) -> EmbeddingAdapter:
-    dim = llm.get_input_embeddings().weight.shape[1]
+def _adapter(config: PlanConfig, llm: PreTrainedModel) -> EmbeddingAdapter:
+    dim = cast(torch.Tensor, llm.get_input_embeddings().weight).shape[1]
     return EmbeddingAdapter(config.embedding_dim, dim, config.num_soft_tokens, config.hidden_dim, 0.1, 1.0)
 
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ class Elm:
             for part in (before, between)
         ]
         given = torch.cat([self._embed(ids[0]), soft, self._embed(ids[1])], dim=1)
-        said = self.llm.generate(
+        generate: Any = self.llm.generate  # PreTrainedModel is typed without it
+        said = generate(
             inputs_embeds=given,
             attention_mask=torch.ones(given.shape[:2], dtype=torch.long, device=given.device),
             generation_config=GenerationConfig(
@@ -126,7 +127,8 @@ class Elm:
         generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
         cache = DynamicCache(config=self.llm.config) if cache is None else cache
         end_ids = torch.tensor(self._ends(batch.prompt), device=embeds.device)
-        rows, said = torch.arange(len(embeds), device=embeds.device), [[] for _ in range(len(embeds))]
+        rows = torch.arange(len(embeds), device=embeds.device)
+        said: list[list[int]] = [[] for _ in range(len(embeds))]
         for _ in range(max_new_tokens):
             output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
             tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
@@ -154,7 +156,8 @@ class Elm:
         # Left padding, so that every row's answer begins at the same place.
         given = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self.table.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        ids = self.llm.generate(
+        generate: Any = self.llm.generate  # PreTrainedModel is typed without it
+        ids = generate(
             input_ids=given,
             attention_mask=mask.to(given.device),
             generation_config=GenerationConfig(
@@ -248,8 +251,9 @@ def token_table(llm: PreTrainedModel) -> Tensor:
     layer = llm.get_input_embeddings()
     if type(layer) is nn.Embedding:
         return layer.weight
+    weight = cast(Tensor, layer.weight)
     with torch.no_grad():
-        return layer(torch.arange(len(layer.weight), device=layer.weight.device))
+        return layer(torch.arange(len(weight), device=weight.device))
 
 
 def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapter:

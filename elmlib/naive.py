@@ -4,6 +4,7 @@ Nothing here is used elsewhere. Each function gives the same result as elmlib's 
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,12 +70,13 @@ def naive_summaries(elm: Elm, batch: PromptBatch, max_new_tokens: int) -> list[s
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=elm.tokenizer.eos_token_id
     )
+    generate: Any = elm.llm.generate  # PreTrainedModel is typed without it
     texts = []
     for row in batch.embeddings:
         embeds = naive_embeds(elm, PromptBatch(row[None], batch.prompt))
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        ids = elm.llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
-        texts.append(elm.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+        ids = generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
+        texts.append(cast(str, elm.tokenizer.decode(ids[0], skip_special_tokens=True)).strip())
     return texts
 
 

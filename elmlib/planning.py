@@ -63,7 +63,7 @@ def plan(config: PlanConfig) -> Plan:
             size *= 2
         return size // 2
 
-    fits = {card: tuple(largest(parse_memory(card), way) for way in (False, True)) for card in config.gpu_memory}
+    fits = {card: (largest(parse_memory(card), False), largest(parse_memory(card), True)) for card in config.gpu_memory}
     plain, checkpointed = (found[config.batch_size, way] for way in (False, True))
     return Plan(
         config=config,
@@ -109,8 +109,8 @@ def to_text(plan: Plan) -> str:
         f"{'GiB':<34}{'plain':>10}{'checkpointing':>16}",
     ]
     for name, label in _PARTS:
-        sizes = (getattr(step, name) / GIB for step in (plan.plain, plan.checkpointed))
-        lines.append("{:<34}{:>10.2f}{:>16.2f}".format(label, *sizes))
+        needs = (getattr(step, name) / GIB for step in (plan.plain, plan.checkpointed))
+        lines.append("{:<34}{:>10.2f}{:>16.2f}".format(label, *needs))
     lines.append(f"{'embedder and BERTScore encoder':<34}{plan.evaluation / GIB:>10.2f}{plan.evaluation / GIB:>16.2f}")
     lines.append("")
     for card, sizes in plan.fits.items():

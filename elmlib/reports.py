@@ -75,8 +75,11 @@ class Tally:
         """`wanted` is the task that is kept; `rejected` takes bad records, and without it the first one raises."""
         self.wanted = wanted
         self._split, self._lines, self._vectors, self._file = split, lines, vectors, rejected
-        self._tasks, self._variations, self._temperatures = Counter({wanted: 0}), Counter(), Counter()
-        self._fewest, self._most, self._total, self._rejected = float("inf"), 0, 0, 0
+        self._tasks = Counter({wanted: 0})
+        self._variations: Counter[Any] = Counter()
+        self._temperatures: Counter[Any] = Counter()
+        self._fewest: float = float("inf")  # a whole number once a record is kept
+        self._most, self._total, self._rejected = 0, 0, 0
 
     def add(self, tasks: list[str], kept: list[tuple[int, float, int]]) -> None:
         """A block of good records: the task of each; variation, temperature and token_count of each kept one."""
@@ -114,7 +117,7 @@ class Tally:
             rejected=self._rejected,
             embedding_rows_read=self._vectors.num_rows,
             embedding_rows_kept=rows_kept,
-            token_counts=TokenCounts(self._fewest, self._total / kept, self._most, self._total),
+            token_counts=TokenCounts(int(self._fewest), self._total / kept, self._most, self._total),
             variations={str(value): n for value, n in self._variations.most_common()},
             temperatures={str(value): n for value, n in self._temperatures.most_common()},
         )

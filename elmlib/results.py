@@ -58,7 +58,12 @@ def best_settings(study: optuna.Study) -> SummaryTrainingConfig | None:
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
     """The best complete trial; None where none is complete."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: trial.value, default=None)
+    return max(complete, key=_value, default=None)
+
+
+def _value(complete: optuna.trial.FrozenTrial) -> float:
+    assert complete.value is not None, complete
+    return complete.value
 
 
 def default_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
@@ -115,7 +120,7 @@ def results_table(study: optuna.Study, config: StudyConfig) -> str:
     if reason := study.user_attrs.get(HALTED):
         lines.append(f"halted: {reason}")
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    complete = sorted(complete, key=lambda trial: -trial.value)[:5]
+    complete = sorted(complete, key=lambda trial: -_value(trial))[:5]
     if complete:
         lines += ["", f"{'trial':>5}{'objective':>11}{'F1':>8}{'shuffled':>10}{'NLL':>8}{'shuffled':>10}  settings"]
     for trial in complete:

@@ -51,7 +51,7 @@ def trial_settings(config: StudyConfig, suggested: Settings, number: int) -> Sum
     Raises ValueError for a combination that `SummaryTrainingConfig` does not allow.
     """
     name = f"trial-{number:04d}"
-    own = {"checkpoint_dir": str(config.folder / name), "wandb_run_name": f"{config.study_name}-{name}"}
+    own: Settings = {"checkpoint_dir": str(config.folder / name), "wandb_run_name": f"{config.study_name}-{name}"}
     return replace(base_settings(config), **suggested, **own)
 
 

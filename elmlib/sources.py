@@ -161,7 +161,9 @@ def source_files() -> list[SourceFile]:
     """The modules of the standard library and of the dependencies, tests left out, ordered by module."""
     library = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(library) for path in library.rglob("*.py")]
-    paths = {name: library / name for name in names if name.parts[0].removesuffix(".py") in sys.stdlib_module_names}
+    paths: dict[PurePath, Path] = {
+        name: library / name for name in names if name.parts[0].removesuffix(".py") in sys.stdlib_module_names
+    }
     for package in dependencies():
         for file in package.files or ():
             if file.suffix == ".py":

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def submit_workers(config: StudyConfig) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-def start_worker(config: StudyConfig, address: str, deadline: float, index: int) -> multiprocessing.Process:
+def start_worker(config: StudyConfig, address: str, deadline: float, index: int) -> BaseProcess:
     """A worker process with its share of the processors, or a GPU of its own where there are any."""
     log = config.folder / "workers" / f"{index}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def _work(config: StudyConfig, address: str, deadline: float, log: Path, environ
 
 
 @contextmanager
-def _signals(workers: list[multiprocessing.Process]) -> Iterator[None]:
+def _signals(workers: Sequence[BaseProcess]) -> Iterator[None]:
     """The first Ctrl-C drains the workers, any further one stops their trials."""
     pressed = 0
 
@@ -214,6 +215,7 @@ class Progress:
     def _log(self, now: Tally, best: optuna.trial.FrozenTrial | None) -> None:
         values: dict[str, float] = {f"study/{name}": getattr(now, name) for name in ("complete", "pruned", "failed")}
         if best is not None:
+            assert best.value is not None, best
             values["study/best_so_far"] = best.value
         values |= {f"importance/{name}": share for name, share in importance(self._study).items()}
         self._run.log(values)

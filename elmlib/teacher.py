@@ -50,7 +50,8 @@ class Teacher:
 
     def __call__(self, rows: Sequence[int], device: torch.device) -> Lesson:
         """What is known of the answers of `rows`, in their order."""
-        log_probs, ids = [], []
+        log_probs: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
         for row in rows:
             ends, place = self._ends[row // SHARD], row % SHARD
             tokens = slice(ends[place - 1] if place else 0, ends[place])
@@ -74,7 +75,11 @@ def load_teacher(elm: Elm, split: Split, config: SummaryTrainingConfig) -> Teach
         logger.info("teacher: computing %d of %d shards into %s, once", len(missing), len(folders), folder)
     for target, start in tqdm(missing, desc="teacher", unit=f"{SHARD} rows", disable=not missing):
         rows = range(start, min(start + SHARD, len(split)))
-        build_once(target, lambda place, rows=rows: _write_shard(place, elm, split, texts, rows, config))
+
+        def write(place: Path, rows: range = rows) -> None:
+            _write_shard(place, elm, split, texts, rows, config)
+
+        build_once(target, write)
     return Teacher(folders, [len(answer) for answer in split.answers])
 
 

@@ -5,7 +5,7 @@ freed, so the memory is that of the very code that trains.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from elmlib.adapter import EmbeddingAdapter, mean_token_embedding
 from elmlib.benchmark_commands import PlanConfig
@@ -139,7 +139,7 @@ def _inputs(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: boo
     table = llm.get_input_embeddings().weight
     dim = table.shape[1]
     adapter = EmbeddingAdapter(config.embedding_dim, dim, config.num_soft_tokens, config.hidden_dim, 0.1, 1.0)
-    elm = Elm(llm, _Tokenizer(), adapter, checkpointing)
+    elm = Elm(llm, cast(PreTrainedTokenizerBase, _Tokenizer()), adapter, checkpointing)
     size, length = config.batch_size, config.answer_tokens
     batch = Batch(
         embeddings=torch.zeros(size, config.embedding_dim),

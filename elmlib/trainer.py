@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from elmlib import checkpoint
+from elmlib.adapter import EmbeddingAdapter
 from elmlib.checkpoint import BEST, RunState
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import Batch, load_batches
@@ -96,7 +97,8 @@ class _Run:
             logger.info("resumed from %s", found)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
-        self.bench = self.bench.with_adapter(share_adapter(self.adapter, self.accelerator))
+        shared = cast(EmbeddingAdapter, share_adapter(self.adapter, self.accelerator))  # or what wraps it, called alike
+        self.bench = self.bench.with_adapter(shared)
         self.optimizer = optimizer
         self.opening = self.bench.opening(config) if config.pretrain_epochs else None
         self.sharded = asks_for_shards(self.accelerator)

@@ -67,6 +67,7 @@ def run_trial(folder: Path, environment: dict[str, str], stop: Callable[[], Kind
         return Outcome(ended, f"the study {'ran out of time' if ended == 'timed out' else 'was interrupted'}")
     if not path.is_file():
         code = process.exitcode
+        assert code is not None, process  # joined above
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return Outcome("killed", f"the trial's process ended with {how}; see {folder / 'trial.log'}")
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))

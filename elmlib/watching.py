@@ -12,7 +12,7 @@ from IPython.display import display
 from elmlib.plots import draw_curves
 from elmlib.tracking import Row
 
-_PAUSE = 5.0  # seconds between two drawings of the training loss, at least; an evaluation is drawn at once
+_PAUSES = 5.0, 20.0  # least and most seconds between two drawings of the training loss; an evaluation is drawn at once
 _SHARE = 0.03  # of the time that drawing may take
 
 
@@ -59,4 +59,6 @@ class LiveView:
         started, file = time.monotonic(), BytesIO()
         draw_curves(self.run).savefig(file, format="png", dpi=80)
         self.picture.value = file.getvalue()
-        self._next = time.monotonic() + max(_PAUSE, (time.monotonic() - started) / _SHARE)
+        least, most = _PAUSES
+        now = time.monotonic()
+        self._next = now + min(max(least, (now - started) / _SHARE), most)

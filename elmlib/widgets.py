@@ -89,8 +89,8 @@ class Page:
         share = ipw.FloatSlider(
             value=0.5, min=0.0, max=1.0, step=0.1, description="A to B", continuous_update=False, layout=_WIDE
         )
-        rows = (first, second)
-        return self._live(card, [first, second, share], lambda: blend(*self._vectors(rows), share.value))
+        vector = lambda: blend(self._vector(first), self._vector(second), share.value)  # noqa: E731
+        return self._live(card, [first, second, share], vector)
 
     def move(self) -> ipw.Widget:
         """A text moved along the direction from B to A."""
@@ -98,8 +98,8 @@ class Page:
         steps = ipw.FloatSlider(
             value=1.0, min=-2.0, max=2.0, step=0.25, description="A minus B", continuous_update=False, layout=_WIDE
         )
-        rows = (start, a, b)
-        return self._live(ipw.HTML(), [start, a, b, steps], lambda: move(*self._vectors(rows), steps.value))
+        vector = lambda: move(self._vector(start), self._vector(a), self._vector(b), steps.value)  # noqa: E731
+        return self._live(ipw.HTML(), [start, a, b, steps], vector)
 
     def cluster(self, rows: Sequence[int]) -> ipw.Widget:
         """Several texts, `rows` of them chosen: what are they about together?"""
@@ -141,8 +141,8 @@ class Page:
         options = [(label, row) for row, label in enumerate(self.explorer.labels())]
         return ipw.Dropdown(options=options, value=row, description=label, layout=_WIDE)
 
-    def _vectors(self, choices: Sequence[ipw.Dropdown]) -> list[np.ndarray]:
-        return [self.explorer.vectors[choice.value] for choice in choices]
+    def _vector(self, choice: ipw.Dropdown) -> np.ndarray:
+        return self.explorer.vectors[choice.value]
 
     def _live(self, card: ipw.HTML, inputs: list[ipw.Widget], vector: Callable[[], np.ndarray]) -> ipw.Widget:
         def show(*_: object) -> None:

@@ -104,7 +104,9 @@ class Worker:
         failed = [
             trial.user_attrs["reason"]
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-            if trial.user_attrs.get("outcome") == "failed" and trial.datetime_start >= self.started
+            if trial.user_attrs.get("outcome") == "failed"
+            and trial.datetime_start is not None
+            and trial.datetime_start >= self.started
         ]
         for reason, count in Counter(failed).most_common(1):
             if count >= _SAME_FAILURES:
