@@ -34,6 +34,9 @@ class LiveView:
     def show(self) -> Self:
         """Display picture and button where the cell's output goes."""
         display(ipw.VBox([self.picture, ipw.HBox([self.button, self.told])]))
+        # ipykernel 7.4 hands a click to the shell that last spoke for the button, which is busy training. Without this
+        # mark it goes where JupyterLab sends it, to a thread of its own.
+        vars(self.button.comm).pop("_reply_subshell_id", None)
         return self
 
     def log(self, row: Row) -> None:
