@@ -140,7 +140,7 @@ def open_notebook(page: Page, lab: str, name: str) -> None:
 def start_all(page: Page) -> None:
     """Run all cells, as the menu's entry does, without waiting for them."""
     page.evaluate(
-        "window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(it => {window.ran = it})"
+        "window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(it => {window.ran = it}); null"
     )
 
 
