@@ -336,7 +336,7 @@ def test_a_text_that_the_teacher_lacks_is_told_before_anything_is_trained(
     "config",
     [
         AblateConfig(),
-        AblateConfig("my data", Path("a b/c"), 0.1, 5, 7, Path("s.json"), ("no drift loss", "guide's plain settings")),
+        AblateConfig("my data", Path("a b/c"), 0.1, 5, 7, "qwen3-4b", Path("s.json"), ("no drift loss", "one view")),
     ],
 )
 def test_the_command_under_the_table_means_the_same_settings(config: AblateConfig) -> None:
