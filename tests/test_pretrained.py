@@ -104,8 +104,10 @@ def test_an_unreachable_hub_is_no_matter_for_a_cached_model(no_hub):
 
 
 def test_a_reachable_hub_gets_the_name(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
-    assert locate("owner/model") == "owner/model"
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **about: asked.append((name, about)))
+    assert locate("owner/model") == locate("owner/model", "abc123") == "owner/model"
+    assert [(name, about["revision"]) for name, about in asked] == [("owner/model", None), ("owner/model", "abc123")]
 
 
 def test_an_llm_that_scales_its_logits_is_refused_by_name(tmp_path):
