@@ -180,6 +180,8 @@ def test_results_of_another_machine_are_not_mixed_in(
 ) -> None:
     out = tmp_path / "out"
     write_json(out / "benchmark.json", {"about": {"device": "another"}, "results": [Result("old", {}, {})._asdict()]})
-    config = BenchmarkConfig(tiny_config.summary_data_path, out, settings, turns=1, filter_lines=1000, only=("filter",))
+    config = BenchmarkConfig(
+        tiny_config.summary_data_path, out, config=settings, turns=1, filter_lines=1000, only=("filter",)
+    )
     run_benchmark(config)
     assert "old" not in json.loads((out / "benchmark.json").read_text())
