@@ -57,12 +57,14 @@ def test_a_study_that_is_killed_at_random_loses_no_trial(
     kind: str, study_config: StudyConfig, request: pytest.FixtureRequest
 ) -> None:
     study_config.folder.parent.mkdir()
-    config = replace(study_config, study_name=f"killed-{kind}", trials=8, jobs=2, max_retries=20)
+    config = replace(study_config, study_name=f"killed-{kind}", trials=12, jobs=2, max_retries=20)
     config = replace(config, storage=address_of(kind, config, request))
     rng = random.Random(0)
     launcher = start(config)
     for target in ("kernel", "worker", "all", "trial", "server", "restart" if kind == "postgres" else "kernel", "all"):
-        time.sleep(rng.uniform(6, 14))
+        while launcher.poll() is None and not kernels_and_workers(launcher)["kernel"]:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0.1, 2))
         if launcher.poll() is not None:
             break
         if target == "restart":
