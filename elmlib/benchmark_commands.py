@@ -72,7 +72,7 @@ class BenchmarkConfig:
     data_dir: str = "data/summary_filtered"
     """Folder that `elm filter` wrote; its records need source_text."""
     output_dir: Path = Path("papermill_runs/benchmark")
-    """Folder for `benchmark.json`, `benchmark.md` and the pictures."""
+    """Folder for `benchmark.json`, `benchmark.txt` and the picture."""
     preset: Preset = ""
     """`qwen3-4b`: the guide's models in the place of the offline ones."""
     config: Path | None = None

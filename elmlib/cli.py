@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from elmlib import actions, benchmark_commands, commands, study_commands
-from elmlib.config import SummaryTrainingConfig
-from elmlib.settings import PRESETS, as_flags, base_config, read_settings, take
+from elmlib.config import SummaryTrainingConfig, read_settings
+from elmlib.settings import PRESETS, as_flags, base_config, take
 
 logger = logging.getLogger("elmlib")
 

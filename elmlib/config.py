@@ -227,16 +227,9 @@ class SummaryTrainingConfig:
     def from_json(cls, path: Path) -> Self:
         """Read a config written by `to_json` or by hand; fields that it lacks take their defaults.
 
-        Raises FileNotFoundError for no such file; ValueError for broken JSON, an unknown or mistyped setting,
-        or a value out of range, naming the file.
+        Raises as `read_settings` does, and ValueError for an unknown or mistyped setting or a value out of range.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected one JSON object of settings, found {type(values).__name__}")
-        return cls.from_dict(values, origin=str(path))
+        return cls.from_dict(read_settings(path), origin=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "settings") -> Self:
@@ -274,6 +267,30 @@ _INDIFFERENT = frozenset(
         "log_level",
     }
 )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON or (`.yaml`, `.yml`) YAML file.
+
+    Raises FileNotFoundError for no such file, and ValueError, naming it, for one that is broken or holds no mapping.
+    """
+    text, wanted = Path(path).read_text(encoding="utf-8"), "JSON object"
+    if Path(path).suffix in (".yaml", ".yml"):
+        import yaml
+
+        wanted = "mapping"
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not valid YAML: {error}") from error
+    else:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected one {wanted} of settings, found {type(values).__name__}")
+    return values
 
 
 def require(config: Any, name: str, low: float, high: float = float("inf")) -> None:

@@ -16,8 +16,6 @@ from elmlib.hub import Elm
 from elmlib.identification import unit_rows
 from elmlib.records import EmbeddingFile
 
-GREEDY = Sampling(count=1, temperature=0.0)
-
 
 @dataclass(frozen=True)
 class Manner:

@@ -8,6 +8,7 @@ from elmlib.benchmark_commands import BenchmarkConfig
 from elmlib.commands import AblateConfig, CorpusConfig, DemoConfig, FilterConfig, GenerateConfig, TourConfig
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import SPLITS, find_split
+from elmlib.records import read_lines
 from elmlib.study_commands import StudyConfig, StudyDemoConfig
 
 
@@ -139,5 +140,4 @@ def _writes(paths: list[Path]) -> list[str]:
 
 
 def _count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
+    return sum(1 for _ in read_lines(path))

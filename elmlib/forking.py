@@ -7,6 +7,7 @@ thread and no GPU in use, so nothing but imports happens before it.
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import traceback
 from multiprocessing.context import ForkServerContext
 
 _IMPORTS = ["papermill", "ipykernel.kernelapp", "sentence_transformers", "bert_score", "elmlib.live"]
@@ -43,6 +44,8 @@ class ForkedKernel:
                 os.close(self._writer)
                 with open(reader, encoding="utf-8") as pipe:
                     _serve(pipe.read())
+            except Exception:
+                traceback.print_exc()  # into the trial's log: nothing above this sees it
             finally:
                 os._exit(1)
         os.close(reader)

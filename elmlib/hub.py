@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from elmlib import model
 from elmlib.checkpoint import BEST, AdapterFile, load_adapter, save_adapter
@@ -72,15 +73,13 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         """Load from a folder (of `save_pretrained` or of a training run), an adapter file, or the hub.
 
         `llm_model` and `embedding_model` say where those two lie on this machine, if not where their names say.
+        `kwargs` go to the hub's `snapshot_download`: revision, token, cache_dir and so on.
         Raises FileNotFoundError for what is not there, and ValueError, naming both, for an LLM, embedder or revision
         other than the adapter was trained with.
         """
         place = Path(pretrained_model_name_or_path)
         if not place.exists():
-            names = {"token", "cache_dir", "force_download", "local_files_only", "revision"}
-            assert kwargs.keys() <= names, kwargs.keys() - names
-            patterns = [BEST, _ABOUT]
-            place = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **kwargs))
+            place = _download(str(pretrained_model_name_or_path), **kwargs)
         path = place / BEST if place.is_dir() else place
         file, about = load_adapter(path), _about(path.parent)
         trained = Named(file.config.llm_model_name, about.get("llm_revision", ""))
@@ -154,9 +153,9 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         save_adapter(save_directory / BEST, self.reader.adapter, config, self.file.step, self.file.data_fingerprint)
         about = {
             "llm": config.llm_model_name,
-            "llm_revision": revision_of(self.llm_name.name, self.reader.llm),
+            "llm_revision": self.llm_name.revision or revision_of(self.llm_name.name),
             "embedding_model": config.embedding_model_name,
-            "embedding_revision": revision_of(self.embedder_name.name, self.embedder.transformers_model),
+            "embedding_revision": self.embedder_name.revision or revision_of(self.embedder_name.name),
             "embedding_dim": config.embedding_dim,
             "elmlib": version("elmlib"),
             "metrics": self.metrics,
@@ -195,6 +194,16 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
             f"learning rate {config.learning_rate:g}, batch size {config.batch_size} x "
             f"{config.gradient_accumulation_steps}.\n"
         )
+
+
+def _download(hub_id: str, **kwargs: Any) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[BEST, _ABOUT], **kwargs))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no adapter {hub_id!r}: there is no such folder or file, and the hub gave none ({error}); `make demo` "
+            "trains papermill_runs/demo"
+        ) from error
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +94,13 @@ def draw_curves(run: Path) -> "Figure":
     plot_curves(curves_info(run), axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def to_png(figure: "Figure", dpi: int) -> bytes:
+    """The figure as a PNG file's bytes, for a widget to show."""
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def plot_map(points: np.ndarray, groups: Sequence[str], chosen: int, ax: "Axes", shown: int = 8) -> None:

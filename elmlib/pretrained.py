@@ -77,9 +77,13 @@ def public_name(name: str) -> str:
     return name.lower() if name.lower() in WHEELS else name
 
 
-def revision_of(name: str, model: "PreTrainedModel | None") -> str:
-    """Which `name` was loaded: a wheel's version, the hub's commit, or nothing for a folder."""
-    return _wheel_version(name) or getattr(model and model.config, "_commit_hash", None) or ""
+def revision_of(name: str) -> str:
+    """Which `name` it is: a wheel's version, the hub's commit, or nothing for a folder. Raises as `locate` does."""
+    from transformers import AutoConfig
+
+    if (version := _wheel_version(name)) or Path(find(name)).is_dir():
+        return version
+    return AutoConfig.from_pretrained(locate(name), trust_remote_code=False)._commit_hash or ""
 
 
 def _wheel_version(name: str) -> str:

@@ -1,10 +1,9 @@
 """Settings out of files and presets: what a command starts from before its flags are read."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import SummaryTrainingConfig, read_settings
 
 Preset = Literal["", "qwen3-4b"]
 
@@ -41,29 +40,6 @@ def take(preset: str, config: type[Any]) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(filter(None, PRESETS))}")
     return {name: value for name, value in PRESETS[preset].items() if name in config.__dataclass_fields__}
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON or (`.yaml`, `.yml`) YAML file.
-
-    Raises FileNotFoundError for no such file, and ValueError for one that is broken or holds no mapping.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML: {error}") from error
-    else:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected one mapping of settings, found {type(values).__name__}")
-    return values
 
 
 def as_flags(values: dict[str, Any], config: type[Any], origin: str) -> list[str]:

@@ -117,6 +117,8 @@ class _Run:
                 self._evaluate(epoch_ends=False)
             while self.state.epoch < self.epochs and not self._is_over():
                 self._epoch()
+        if self.state.stopped:
+            logger.warning("step %d: stopped: %s", self.state.step, self.state.stopped)
         metrics = dict(self.state.best_values) | {
             "train_seconds": self.state.train_seconds,
             "eval_seconds": self.state.eval_seconds,
@@ -156,14 +158,18 @@ class _Run:
             started = time.perf_counter()
             values = self._step(stage, [next(loader).to(self.device) for _ in window])
             seconds = self.state.train_seconds + self._shared(time.perf_counter() - started)
+            # Several processes would have to agree on a reason, at a price, and do so after evaluations.
+            reason = self.stop() if self.world == 1 else ""
             self.state = replace(
-                self.state, step=self.state.step + 1, window=self.state.window + 1, train_seconds=seconds
+                self.state,
+                step=self.state.step + 1,
+                window=self.state.window + 1,
+                train_seconds=seconds,
+                stopped=reason,
             )
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            if self.world == 1:  # several would have to agree, at a price, and do so after evaluations
-                self._stop_for(self.stop())
             if ends or (self._is_eval_due() and not self.state.stopped):
                 self._evaluate(epoch_ends)
             if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
@@ -269,12 +275,6 @@ class _Run:
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
-        self._stop_for(self.state.stopped)
-
-    def _stop_for(self, reason: str) -> None:
-        if reason:
-            self.state = replace(self.state, stopped=reason)
-            logger.warning("step %d: stopped: %s", self.state.step, reason)
 
     def _keep_best(self, result: Validation) -> None:
         checkpoint.save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)

@@ -2,14 +2,13 @@
 
 import threading
 import time
-from io import BytesIO
 from pathlib import Path
 from typing import Self
 
 import ipywidgets as ipw
 from IPython.display import display
 
-from elmlib.plots import draw_curves
+from elmlib.plots import draw_curves, to_png
 from elmlib.tracking import Row
 
 _PAUSES = 5.0, 20.0  # least and most seconds between two drawings of the training loss; an evaluation is drawn at once
@@ -59,9 +58,8 @@ class LiveView:
         self.told.value = 'stops after this step; <code>resume_from = "latest"</code> goes on from there'
 
     def _draw(self) -> None:
-        started, file = time.monotonic(), BytesIO()
-        draw_curves(self.run).savefig(file, format="png", dpi=80)
-        self.picture.value = file.getvalue()
+        started = time.monotonic()
+        self.picture.value = to_png(draw_curves(self.run), dpi=80)
         least, most = _PAUSES
         now = time.monotonic()
         self._next = now + min(max(least, (now - started) / _SHARE), most)

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +10,10 @@ import ipywidgets as ipw
 import numpy as np
 
 from elmlib.exploring import Controls, Explorer, Manner, blend, centre, move, parse_vector, project, read_vector
-from elmlib.plots import plot_map
+from elmlib.plots import plot_map, to_png
 
 _WIDE = ipw.Layout(width="95%")
-_HOW = ("greedy", "beam search", "drawn", "nearest of several drawn")
+_GREEDY, _BEAMS, _DRAWN, _NEAREST = "greedy", "beam search", "drawn", "nearest of several drawn"
 
 
 class Known(NamedTuple):
@@ -30,8 +29,9 @@ class Page:
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
+        self._texts = [(label, row) for row, label in enumerate(explorer.labels())]
         self._one_at_a_time = threading.Lock()  # JupyterLab calls from a thread of its own
-        self.how = ipw.Dropdown(options=_HOW, description="decoding")
+        self.how = ipw.Dropdown(options=(_GREEDY, _BEAMS, _DRAWN, _NEAREST), description="decoding")
         self.num_beams = _whole("beams", 4, 2, 8)
         self.temperature = ipw.FloatSlider(
             value=0.7, min=0.1, max=1.5, step=0.1, description="temperature", continuous_update=False
@@ -44,12 +44,12 @@ class Page:
 
     def manner(self) -> Manner:
         """How the next answer is decoded."""
-        drawn = self.how.value in _HOW[2:]
+        drawn = self.how.value in (_DRAWN, _NEAREST)
         return Manner(
-            num_beams=self.num_beams.value if self.how.value == "beam search" else 1,
+            num_beams=self.num_beams.value if self.how.value == _BEAMS else 1,
             temperature=self.temperature.value if drawn else 0.0,
             top_p=self.top_p.value,
-            candidates=self.candidates.value if self.how.value == _HOW[3] else 1,
+            candidates=self.candidates.value if self.how.value == _NEAREST else 1,
             max_new_tokens=self.length.value,
         )
 
@@ -89,7 +89,10 @@ class Page:
         share = ipw.FloatSlider(
             value=0.5, min=0.0, max=1.0, step=0.1, description="A to B", continuous_update=False, layout=_WIDE
         )
-        vector = lambda: blend(self._vector(first), self._vector(second), share.value)  # noqa: E731
+
+        def vector() -> np.ndarray:
+            return blend(self._vector(first), self._vector(second), share.value)
+
         return self._live(card, [first, second, share], vector)
 
     def move(self) -> ipw.Widget:
@@ -98,13 +101,15 @@ class Page:
         steps = ipw.FloatSlider(
             value=1.0, min=-2.0, max=2.0, step=0.25, description="A minus B", continuous_update=False, layout=_WIDE
         )
-        vector = lambda: move(self._vector(start), self._vector(a), self._vector(b), steps.value)  # noqa: E731
+
+        def vector() -> np.ndarray:
+            return move(self._vector(start), self._vector(a), self._vector(b), steps.value)
+
         return self._live(ipw.HTML(), [start, a, b, steps], vector)
 
     def cluster(self, rows: Sequence[int]) -> ipw.Widget:
         """Several texts, `rows` of them chosen: what are they about together?"""
-        options = [(label, row) for row, label in enumerate(self.explorer.labels())]
-        chosen = ipw.SelectMultiple(options=options, value=tuple(rows), rows=8, layout=_WIDE)
+        chosen = ipw.SelectMultiple(options=self._texts, value=tuple(rows), rows=8, layout=_WIDE)
         return self._live(ipw.HTML(), [chosen], lambda: centre(self.explorer.vectors[list(chosen.value)]))
 
     def paste(self) -> ipw.Widget:
@@ -138,8 +143,7 @@ class Page:
         return ipw.VBox([choice, ipw.HBox([picture, card])])
 
     def _choice(self, label: str, row: int = 0) -> ipw.Dropdown:
-        options = [(label, row) for row, label in enumerate(self.explorer.labels())]
-        return ipw.Dropdown(options=options, value=row, description=label, layout=_WIDE)
+        return ipw.Dropdown(options=self._texts, value=row, description=label, layout=_WIDE)
 
     def _vector(self, choice: ipw.Dropdown) -> np.ndarray:
         return self.explorer.vectors[choice.value]
@@ -191,9 +195,7 @@ def _png(points: np.ndarray, groups: Sequence[str], chosen: int) -> bytes:
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     plot_map(points, groups, chosen, figure.subplots())
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return to_png(figure, dpi=110)
 
 
 def _whole(label: str, value: int, least: int, most: int) -> ipw.IntSlider:

@@ -114,6 +114,10 @@ def test_another_version_of_a_wheel_is_refused(run: Path, tiny_llm: Path, tmp_pa
 def test_what_is_no_adapter_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"best_summary_model\.safetensors does not exist"):
         Elm.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no adapter 'papermill_runs/never-run': there is no such folder"):
+        Elm.from_pretrained("papermill_runs/never-run", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="no adapter '/no/such/folder'"):
+        Elm.from_pretrained("/no/such/folder")
     assert Elm.from_pretrained(run / "best_summary_model.safetensors").metrics
     shutil.copy(run / "best_summary_model.safetensors", tmp_path / "alone.safetensors")
     elm = Elm.from_pretrained(tmp_path / "alone.safetensors")

@@ -10,11 +10,11 @@ from test_bertscore import save_deberta
 
 from elmlib import cli, pretrained
 from elmlib.commands import AblateConfig, CorpusConfig, EvaluateConfig
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import SummaryTrainingConfig, read_settings
 from elmlib.foresight import foresee
 from elmlib.hub import Elm
 from elmlib.pretrained import encode, load_embedder
-from elmlib.settings import PRESETS, base_config, read_settings, take
+from elmlib.settings import PRESETS, base_config, take
 from elmlib.trainer import train
 
 GUIDE = PRESETS["qwen3-4b"]
