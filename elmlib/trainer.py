@@ -158,16 +158,12 @@ class _Run:
             started = time.perf_counter()
             values = self._step(stage, [next(loader).to(self.device) for _ in window])
             seconds = self.state.train_seconds + self._shared(time.perf_counter() - started)
-            # Several processes would have to agree on a reason, at a price, and do so after evaluations.
-            reason = self.stop() if self.world == 1 else ""
             self.state = replace(
-                self.state,
-                step=self.state.step + 1,
-                window=self.state.window + 1,
-                train_seconds=seconds,
-                stopped=reason,
+                self.state, step=self.state.step + 1, window=self.state.window + 1, train_seconds=seconds
             )
             self.trackers.log(Row("step", self.state.step, self._epochs_done(), values))
+            if self.world == 1:  # several would have to agree, at a price, and do so after evaluations
+                self.state = replace(self.state, stopped=self.stop())
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
             if ends or (self._is_eval_due() and not self.state.stopped):
