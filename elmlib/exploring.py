@@ -3,13 +3,14 @@
 Interpolation between embeddings: Tennenholtz et al., ICLR 2024.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from elmlib.checkpoint import BEST
 from elmlib.data import load_split
 from elmlib.decoding import Sampling
 from elmlib.hub import Elm
@@ -55,6 +56,18 @@ class Controls(NamedTuple):
     """Given another text's vector."""
     mean: str
     """Given the mean of all training vectors."""
+
+
+def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
+    """The folder of the adapter that was saved last, and of its data, out of several runs' (run -> data).
+
+    Raises FileNotFoundError where none has an adapter.
+    """
+    trained = [run for run in runs if Path(run, BEST).is_file()]
+    if not trained:
+        raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
+    newest = max(trained, key=lambda run: Path(run, BEST).stat().st_mtime)
+    return newest, runs[newest]
 
 
 class Explorer:

@@ -1,9 +1,10 @@
 """What a training step needs on a device, from the model's config alone: no weights are loaded, no number computed.
 
 The step is traced on fake tensors, which have shapes and no values. Each is counted when it is made and when it is
-freed, so the memory is that of the very code that trains.
+freed, so the memory is that of the very code that trains. A few layers are traced; the others are like them.
 """
 
+import copy
 import weakref
 from typing import Any, NamedTuple, cast
 
@@ -92,7 +93,36 @@ class _Fake(NamedTuple):
 
 
 def trace_step(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: bool) -> StepPlan:
-    """One optimizer step behind others: the optimizer's moments exist, gradients do not."""
+    """One optimizer step behind others: the optimizer's moments exist, gradients do not.
+
+    Traced with one and with two periods of the LLM's layers, from which all its layers follow in proportion.
+    """
+    layers, period = llm_config.num_hidden_layers, _period(llm_config)
+    few = layers % period + period
+    if layers <= few + period:
+        return trace_layers(llm_config, config, checkpointing)
+    one, two = (trace_layers(_cut(llm_config, count), config, checkpointing) for count in (few, few + period))
+    more = (layers - few) // period
+    return StepPlan(*(start + more * (end - start) for start, end in zip(one, two, strict=True)))
+
+
+def _period(llm_config: PretrainedConfig) -> int:
+    """After how many layers their kinds come again; 1 where all are alike."""
+    kinds = getattr(llm_config, "layer_types", None) or [""]
+    return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
+
+
+def _cut(llm_config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The config of the same LLM with its first `layers` layers alone."""
+    cut = copy.deepcopy(llm_config)
+    cut.num_hidden_layers = layers
+    if getattr(cut, "layer_types", None):
+        cut.layer_types = cut.layer_types[:layers]
+    return cut
+
+
+def trace_layers(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: bool) -> StepPlan:
+    """`trace_step` through every layer."""
     with FakeTensorMode(), PeakBytes() as memory:
         fake = _inputs(llm_config, config, checkpointing)
         weights = sum(p.untyped_storage().nbytes() for p in set(fake.elm.llm.parameters()))

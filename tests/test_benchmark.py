@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig
 
 from elmlib.attempts import AS_IT_IS, attempts
 from elmlib.benchmark import run_benchmark
@@ -28,7 +29,7 @@ from elmlib.planning import to_text as plan_text
 from elmlib.racing import Timing, race, ratio
 from elmlib.records import write_json
 from elmlib.shapes import SHAPES, load_config
-from elmlib.tracing import trace_step
+from elmlib.tracing import trace_layers, trace_step
 from elmlib.workbench import prepare
 
 
@@ -156,6 +157,30 @@ def test_a_larger_batch_takes_more_memory_and_checkpointing_less(tiny_config: Su
     assert activations[2] - activations[1] == pytest.approx(2 * (activations[1] - activations[0]), rel=0.01)
     assert plain[0].flops * 4 == pytest.approx(plain[2].flops, rel=0.01)
     assert trace_step(llm, replace(config, batch_size=8), True).peak < plain[2].peak
+
+
+_SMALL = {
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "llm",
+    [
+        LlamaConfig(num_hidden_layers=5, **_SMALL),
+        Gemma3TextConfig(
+            num_hidden_layers=7,
+            head_dim=8,
+            layer_types=["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+            **_SMALL,
+        ),
+    ],
+    ids=["layers alike", "layers in turn"],
+)
+def test_a_few_layers_tell_of_all(llm: PretrainedConfig, checkpointing: bool) -> None:
+    config = PlanConfig(hidden_dim=32, bf16=False, drift_top_k=8, batch_size=2)
+    assert trace_step(llm, config, checkpointing) == trace_layers(llm, config, checkpointing)
 
 
 @pytest.mark.parametrize(("text", "size"), [("16GiB", 16 * GIB), ("40GB", 40e9), ("512MiB", 2**29), ("1000", 1000.0)])

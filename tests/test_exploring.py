@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from elmlib.exploring import (
     centre,
     cosine,
     move,
+    newest_run,
     parse_vector,
     project,
     read_vector,
@@ -68,6 +70,19 @@ def test_vectors_come_out_of_files_and_numbers(tmp_path: Path) -> None:
         parse_vector("one, two")
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.npy"):
         read_vector(tmp_path / "nowhere.npy")
+
+
+def test_the_newest_adapter_is_asked(tmp_path: Path) -> None:
+    runs = {str(tmp_path / name): f"data of {name}" for name in ("old", "new", "empty")}
+    with pytest.raises(FileNotFoundError, match=r"no best_summary_model.* or .*empty; train one: `make demo`"):
+        newest_run(runs)
+    for run in runs:
+        Path(run).mkdir()
+    for age, name in enumerate(("new", "old")):
+        file = tmp_path / name / "best_summary_model.safetensors"
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+    assert newest_run(runs) == (str(tmp_path / "new"), "data of new")
 
 
 def test_an_answer_grows_token_by_token_to_the_adapters_summary(explorer: Explorer) -> None:
