@@ -103,7 +103,9 @@ def trace_step(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: 
         return trace_layers(llm_config, config, checkpointing)
     one, two = (trace_layers(_cut(llm_config, count), config, checkpointing) for count in (few, few + period))
     more = (layers - few) // period
-    return StepPlan(*(start + more * (end - start) for start, end in zip(one, two, strict=True)))
+    whole = StepPlan(*(start + more * (end - start) for start, end in zip(one, two, strict=True)))
+    # Activations are freed layer by layer: the more of them, the less the backward pass can need beyond them.
+    return whole._replace(backward=max(whole.backward, 0))
 
 
 def _period(llm_config: PretrainedConfig) -> int:
