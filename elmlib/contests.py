@@ -66,7 +66,8 @@ def _steps(bench: Workbench, split: Split, config: SummaryTrainingConfig, count:
     full = [rows for rows in epoch_batches(split, size, config.seed, 0) if len(rows) == size]
     # A few batches at random may be all of short answers; these are like the epoch.
     full.sort(key=lambda rows: sum(len(split.answers[row]) for row in rows))
-    full = [full[(2 * i + 1) * len(full) // (2 * count)] for i in range(min(max(count, 1), len(full)))]
+    count = min(max(count, 1), len(full))
+    full = [full[(2 * i + 1) * len(full) // (2 * count)] for i in range(count)]
     rows = np.random.default_rng(config.seed).permutation([row for batch in full for row in batch]).tolist()
     mixed = [rows[start : start + size] for start in range(0, len(rows), size)]
     return Steps(*([split.collate(batch).to(device) for batch in batches] for batches in (full, mixed)))
