@@ -95,6 +95,10 @@ def test_contestants_step_over_the_same_rows(bench: Workbench, tiny_config: Summ
         assert torch.equal(weight, before[name]), "a contestant trained another's adapter"
 
 
+def test_one_step_is_the_least_that_is_timed(bench: Workbench, tiny_config: SummaryTrainingConfig) -> None:
+    assert [len(short_steps(bench, tiny_config, count).bucketed) for count in (0, 1)] == [1, 1]
+
+
 def test_texts_too_short_for_long_answers_are_told(bench: Workbench, tiny_config: SummaryTrainingConfig) -> None:
     with pytest.raises(
         ValueError, match="0 training texts have more than 96 tokens; expected at least the batch size, 8"
