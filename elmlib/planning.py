@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from elmlib.benchmark_commands import PlanConfig
 from elmlib.shapes import load_config
-from elmlib.tracing import StepPlan, trace_step
+from elmlib.tracing import StepPlan, count_flops, trace_step
 
 GIB = 2**30
 _PARTS = (
@@ -33,6 +33,8 @@ class Plan(NamedTuple):
     """Bytes of the embedder and of BERTScore's encoder, which stay on the device between evaluations."""
     plain: StepPlan
     checkpointed: StepPlan
+    flops: tuple[int, int]
+    """Of a step without and with checkpointing."""
     fits: dict[str, tuple[int, int]]
     """For each card, the largest power of 2 that fits as batch size, without and with checkpointing; 0 for none."""
 
@@ -72,6 +74,7 @@ def plan(config: PlanConfig) -> Plan:
         evaluation=evaluation,
         plain=plain,
         checkpointed=checkpointed,
+        flops=(count_flops(llm, config, False), count_flops(llm, config, True)),
         fits=fits,
     )
 
@@ -104,7 +107,7 @@ def to_text(plan: Plan) -> str:
     lines = [
         f"{config.llm_model_name}: {plan.llm_parameters:,} parameters, frozen; adapter: {plan.adapter_parameters:,}",
         f"one step of {config.batch_size} rows of {config.answer_tokens} answer tokens: "
-        f"{plan.plain.flops / 1e12:.3g} TFLOP, {plan.checkpointed.flops / 1e12:.3g} with gradient checkpointing",
+        f"{plan.flops[0] / 1e12:.3g} TFLOP, {plan.flops[1] / 1e12:.3g} with gradient checkpointing",
         "",
         f"{'GiB':<34}{'plain':>10}{'checkpointing':>16}",
     ]

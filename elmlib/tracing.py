@@ -6,6 +6,7 @@ freed, so the memory is that of the very code that trains. A few layers are trac
 
 import copy
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +29,7 @@ from elmlib.ridge import LinearMap
 
 
 class StepPlan(NamedTuple):
-    """Memory of one training step, bytes, and its work."""
+    """Memory of one training step, bytes."""
 
     llm: int
     """The frozen LLM's weights."""
@@ -42,13 +43,11 @@ class StepPlan(NamedTuple):
     """What the losses hold beyond that, at most."""
     backward: int
     """What the backward pass holds beyond all of these, at most, the adapter's gradients among it."""
-    flops: int
-    """Floating-point operations of matrix products, forward and backward."""
 
     @property
     def peak(self) -> int:
         """Bytes."""
-        return sum(self[:-1])
+        return sum(self)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -93,19 +92,26 @@ class _Fake(NamedTuple):
 
 
 def trace_step(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: bool) -> StepPlan:
-    """One optimizer step behind others: the optimizer's moments exist, gradients do not.
+    """One optimizer step behind others: the optimizer's moments exist, gradients do not."""
+    whole = StepPlan(*_of_all_layers(llm_config, lambda llm: trace_layers(llm, config, checkpointing)))
+    # Activations are freed layer by layer: the more of them, the less the backward pass can need beyond them.
+    return whole._replace(backward=max(whole.backward, 0))
 
-    Traced with one and with two periods of the LLM's layers, from which all its layers follow in proportion.
-    """
+
+def count_flops(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: bool) -> int:
+    """Floating-point operations of one step's matrix products, forward and backward."""
+    return _of_all_layers(llm_config, lambda llm: [_count_layers(llm, config, checkpointing)])[0]
+
+
+def _of_all_layers(llm_config: PretrainedConfig, measure: Callable[[PretrainedConfig], Sequence[int]]) -> Sequence[int]:
+    """`measure` with one and with two periods of the LLM's layers; all its layers follow in proportion."""
     layers, period = llm_config.num_hidden_layers, _period(llm_config)
     few = layers % period + period
     if layers <= few + period:
-        return trace_layers(llm_config, config, checkpointing)
-    one, two = (trace_layers(_cut(llm_config, count), config, checkpointing) for count in (few, few + period))
+        return measure(llm_config)
+    one, two = (measure(_cut(llm_config, count)) for count in (few, few + period))
     more = (layers - few) // period
-    whole = StepPlan(*(start + more * (end - start) for start, end in zip(one, two, strict=True)))
-    # Activations are freed layer by layer: the more of them, the less the backward pass can need beyond them.
-    return whole._replace(backward=max(whole.backward, 0))
+    return [start + more * (end - start) for start, end in zip(one, two, strict=True)]
 
 
 def _period(llm_config: PretrainedConfig) -> int:
@@ -130,9 +136,6 @@ def trace_layers(llm_config: PretrainedConfig, config: PlanConfig, checkpointing
         weights = sum(p.untyped_storage().nbytes() for p in set(fake.elm.llm.parameters()))
         trained = sum(p.numel() for p in fake.elm.adapter.parameters())
         fake.elm(fake.batch)  # reads the prompt, which later steps share
-        with FlopCounterMode(display=False) as counter:  # a pass of its own: the counter keeps tensors alive
-            _losses(fake, *fake.elm(fake.batch), config).backward()
-        fake.elm.adapter.zero_grad()
         before, memory.peak = memory.alive, memory.alive
         soft, hidden = fake.elm(fake.batch)
         activations, memory.peak = memory.alive - before, memory.alive
@@ -150,8 +153,17 @@ def trace_layers(llm_config: PretrainedConfig, config: PlanConfig, checkpointing
         activations=activations - prefix,
         logits=logits,
         backward=max(0, backward),
-        flops=counter.get_total_flops(),
     )
+
+
+def _count_layers(llm_config: PretrainedConfig, config: PlanConfig, checkpointing: bool) -> int:
+    """`count_flops` through every layer."""
+    with FakeTensorMode():
+        fake = _inputs(llm_config, config, checkpointing)
+        fake.elm(fake.batch)  # reads the prompt, which later steps share
+        with FlopCounterMode(display=False) as counter:
+            _losses(fake, *fake.elm(fake.batch), config).backward()
+    return counter.get_total_flops()
 
 
 def _prompt_bytes(llm_config: PretrainedConfig, config: PlanConfig) -> int:

@@ -29,7 +29,7 @@ from elmlib.planning import to_text as plan_text
 from elmlib.racing import Timing, race, ratio
 from elmlib.records import write_json
 from elmlib.shapes import SHAPES, load_config
-from elmlib.tracing import trace_layers, trace_step
+from elmlib.tracing import _count_layers, count_flops, trace_layers, trace_step
 from elmlib.workbench import prepare
 
 
@@ -155,7 +155,8 @@ def test_a_larger_batch_takes_more_memory_and_checkpointing_less(tiny_config: Su
     plain = [trace_step(llm, replace(config, batch_size=size), False) for size in (2, 4, 8)]
     activations = [step.activations for step in plain]
     assert activations[2] - activations[1] == pytest.approx(2 * (activations[1] - activations[0]), rel=0.01)
-    assert plain[0].flops * 4 == pytest.approx(plain[2].flops, rel=0.01)
+    flops = [count_flops(llm, replace(config, batch_size=size), False) for size in (2, 8)]
+    assert flops[0] * 4 == pytest.approx(flops[1], rel=0.01)
     assert trace_step(llm, replace(config, batch_size=8), True).peak < plain[2].peak
 
 
@@ -181,6 +182,7 @@ _SMALL = {
 def test_a_few_layers_tell_of_all(llm: PretrainedConfig, checkpointing: bool) -> None:
     config = PlanConfig(hidden_dim=32, bf16=False, drift_top_k=8, batch_size=2)
     assert trace_step(llm, config, checkpointing) == trace_layers(llm, config, checkpointing)
+    assert count_flops(llm, config, checkpointing) == _count_layers(llm, config, checkpointing)
 
 
 @pytest.mark.parametrize(("text", "size"), [("16GiB", 16 * GIB), ("40GB", 40e9), ("512MiB", 2**29), ("1000", 1000.0)])
