@@ -30,6 +30,11 @@ import json, os, time
 from pathlib import Path
 settings = json.loads(Path(settings_file).read_text())
 time.sleep(settings["weight_decay"])
+if 70 < settings["spike_factor"] <= 80:  # waits for the second trial, which only another worker can begin meanwhile
+    give_up = time.monotonic() + 60
+    while not Path(trial_dir).with_name("trial-0001").exists():
+        assert time.monotonic() < give_up, "no other worker has come"
+        time.sleep(0.1)
 if settings["spike_factor"] > 90:
     raise ValueError("no such luck")
 if settings["spike_factor"] > 80:
@@ -100,7 +105,12 @@ def kernels_and_workers(launcher: subprocess.Popen) -> dict[str, list[psutil.Pro
 
 
 def run_on_cluster(config: StudyConfig, seconds: float = 240) -> list[optuna.trial.FrozenTrial]:
-    """The trials of a study whose workers were submitted, by a process that is gone, once all of it has ended."""
+    """The trials of a study whose workers were submitted, by a process that is gone, once all of it has ended.
+
+    The first trial waits for a second worker: a quick one would be through with all of them before another has started.
+    """
+    settings = json.loads(config.config.read_text()) | {"spike_factor": 75.0}
+    config.config.write_text(json.dumps(settings))
     assert start(config).wait(60) == 0
     study = optuna.load_study(study_name=config.study_name, storage=open_storage(storage_address(config)))
     results = config.folder / f"{config.study_name}_results.json"
