@@ -214,7 +214,7 @@ class TourConfig:
     trial_rows: int = 150
     """Training rows of a trial, at least 1."""
     samples: int = 40
-    """Summaries generated at each evaluation and by the analysis, at least 2."""
+    """Summaries generated at each evaluation and by the analysis, at least 2; the benchmark makes a fifth as many."""
 
     def __post_init__(self) -> None:
         require(self, "limit", 0)

@@ -144,7 +144,7 @@ def tour_stages(config: TourConfig, notebooks: Path, extra: dict[str, Value] | N
     ask: dict[str, Value] = {"checkpoint": str(folder), "data_dir": filtered}
     benchmark: dict[str, Value] = {
         "data_dir": filtered, "output_dir": str(folder / "benchmark"), "turns": 1, "steps": 2,
-        "eval_samples": config.samples, "filter_lines": 100_000, "only": "steps,evaluation,filter,memory",
+        "eval_samples": max(2, config.samples // 5), "filter_lines": 100_000, "only": "steps,evaluation,filter,memory",
     }  # fmt: skip
     return [
         *demo,
