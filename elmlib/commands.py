@@ -207,7 +207,7 @@ class TourConfig:
 
     output_dir: Path = Path("papermill_runs/tour")
     """Folder for the executed notebooks, the data, the run, the study and the benchmark."""
-    limit: int = 1500
+    limit: int = 1200
     """Pairs of text and summary, over all splits; 0 takes all."""
     trials: int = 2
     """Finished trials of the study, at least 1."""

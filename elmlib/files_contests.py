@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from elmlib.filtering import filter_corpus
 from elmlib.layout import SPLITS
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import TENSOR, write_embeddings, write_json
+from elmlib.resident import peak_bytes
 
 _DIM = 64
 _BLOCK = 10_000
@@ -117,8 +116,7 @@ def peak_memory(function: Callable[..., Any], *arguments: Any) -> int:
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     function(*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak_bytes()
 
 
 def loading_jobs(name: str, device: Any) -> dict[str, Callable[[], object]]:

@@ -3,17 +3,17 @@
 import ctypes
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from elmlib import resident
 from elmlib.adapter import EmbeddingAdapter
 from elmlib.benchmark_commands import PlanConfig
-from elmlib.contests import Job, take_step
+from elmlib.contests import take_step
 from elmlib.data import Batch
 from elmlib.drift import DriftHead, DriftReadout
 from elmlib.model import Elm
@@ -59,17 +59,17 @@ def _measure(config: PlanConfig, points: list[Point]) -> list[int]:
         # Freed tensors then go back to the system at once, and resident memory is the memory in use.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads, whose stacks are not the step's
-    before = _resident("VmRSS")
+    before = resident.resident_bytes() if device.type == "cpu" else 0
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     found = []
     for point in points:
         llm, tokenizer = load_llm(config.llm_model_name, dtype, device)
         learner = _learner(Elm(llm, tokenizer, _adapter(config, llm).to(device), point.checkpointing), config)
-        step = _step(learner, config, point, device)
-        for _ in range(2):  # the first one makes AdamW's moments and reads the prompt
-            _forget_peak(device)
-            step()
-        found.append(_peak(device) - (before if device.type == "cpu" else 0))
+        step = _step(learner, config, device)
+        step(1, 1)  # makes AdamW's moments and reads the prompt
+        _forget_peak(device)
+        step(point.batch_size, point.answer_tokens)
+        found.append(_peak(device) - before)
         del llm, learner, step
     return found
 
@@ -89,32 +89,31 @@ def _learner(elm: Elm, config: PlanConfig) -> Learner:
     return Learner(elm, idf, DriftReadout(table, idf, to_embedding))
 
 
-def _step(learner: Learner, config: PlanConfig, point: Point, device: torch.device) -> Job:
+def _step(learner: Learner, config: PlanConfig, device: torch.device) -> Callable[[int, int], None]:
+    """What takes a training step on so many rows of so many answer tokens."""
     settings = config.training()
-    generator = torch.Generator().manual_seed(0)
-    shape = (point.batch_size, point.answer_tokens)
-    batch = Batch(
-        embeddings=torch.randn(point.batch_size, config.embedding_dim, generator=generator),
-        labels=torch.randint(len(learner.elm.table), shape, generator=generator),
-        sources=torch.arange(point.batch_size),
-        prompt=PromptIds(list(range(config.prompt_tokens)), [], 0),
-        rows=[],
-    ).to(device)
     optimizer = torch.optim.AdamW(learner.elm.adapter.parameters(), lr=settings.learning_rate, fused=True)
-    return lambda: take_step(learner, batch, settings, optimizer)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(rows: int, answer_tokens: int) -> None:
+        batch = Batch(
+            embeddings=torch.randn(rows, config.embedding_dim, generator=generator),
+            labels=torch.randint(len(learner.elm.table), (rows, answer_tokens), generator=generator),
+            sources=torch.arange(rows),
+            prompt=PromptIds(list(range(config.prompt_tokens)), [], 0),
+            rows=[],
+        ).to(device)
+        take_step(learner, batch, settings, optimizer)
+
+    return step
 
 
 def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to what is resident now
+        resident.forget_peak()
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident.peak_bytes()

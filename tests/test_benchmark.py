@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig
 
@@ -23,6 +24,7 @@ from elmlib.benchmark_tables import (
 )
 from elmlib.config import OFFLINE_LLM, SummaryTrainingConfig
 from elmlib.contests import short_steps
+from elmlib.files_contests import peak_memory
 from elmlib.memory import Point, measure_steps
 from elmlib.planning import GIB, parse_memory, plan
 from elmlib.planning import to_text as plan_text
@@ -31,6 +33,12 @@ from elmlib.records import write_json
 from elmlib.shapes import SHAPES, load_config
 from elmlib.tracing import _count_layers, count_flops, trace_layers, trace_step
 from elmlib.workbench import prepare
+
+
+def test_the_peak_of_a_job_is_not_that_of_the_process_that_starts_it() -> None:
+    held = np.ones(2**27)  # 1 GiB, resident
+    assert peak_memory(np.ones, 2**25) > 2**28, "the job holds 256 MiB"
+    assert peak_memory(int) < held.nbytes / 2
 
 
 def test_contestants_take_turns_and_change_their_order() -> None:

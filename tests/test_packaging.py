@@ -82,6 +82,7 @@ LAYERS = [
     "study",
     "study_plots",
     "racing",
+    "resident",
     "naive",
     "contests",
     "attempts",
