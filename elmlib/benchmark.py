@@ -96,17 +96,19 @@ def _settings(config: BenchmarkConfig) -> SummaryTrainingConfig:
     return replace(base, summary_data_path=config.data_dir, eval_samples=config.eval_samples, seed=config.seed)
 
 
-def _race(name: str, jobs: dict[str, Job], turns: int, warm_up: bool = True, **facts: Any) -> Result:
+def _race(
+    name: str, jobs: dict[str, Job], turns: int, facts: dict[str, Any] | None = None, warm_up: bool = True
+) -> Result:
     settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     timings = race(jobs, turns, settle, warm_up, progress=name)
-    return Result(name, {job: list(timing.seconds) for job, timing in timings.items()}, facts)
+    return Result(name, {job: list(timing.seconds) for job, timing in timings.items()}, facts or {})
 
 
 def _steps(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
     for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, config.steps // 4)):
         steps = make(bench, settings, count)
         jobs = step_contest(bench, settings, steps)
-        yield _race(name, jobs, config.turns, **_work(bench, steps, jobs["elmlib, NLL"]))
+        yield _race(name, jobs, config.turns, _work(bench, steps, jobs["elmlib, NLL"]))
 
 
 def _work(bench: Workbench, steps: Steps, job: Job) -> dict[str, float]:
@@ -158,15 +160,15 @@ def _tried(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkC
 def _evaluation(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
     rows = bench.val.subset(config.eval_samples, settings.eval_seed)
     turns = max(1, config.turns // 2)
-    yield _race("generation", generation_contest(bench, settings, rows), turns, rows=len(rows))
+    yield _race("generation", generation_contest(bench, settings, rows), turns, {"rows": len(rows)})
     references = [bench.val.records[row].target_text for row in rows]
     # Texts like those that are scored: other summaries of the same corpus.
     predictions = [bench.train.records[row].target_text for row in bench.train.subset(len(rows), settings.eval_seed)]
     contest = scoring_contest(bench, predictions, references)
     facts = {"pairs": len(rows), "hash": bench.evaluator.hash, "difference": contest.difference()}
-    yield _race("BERTScore", contest.jobs, config.turns, **facts)
+    yield _race("BERTScore", contest.jobs, config.turns, facts)
     # The two contests before have warmed all that a whole evaluation calls, and its naive twin takes minutes.
-    yield _race("whole evaluation", evaluation_contest(bench, settings), turns, warm_up=False, rows=len(rows))
+    yield _race("whole evaluation", evaluation_contest(bench, settings), turns, {"rows": len(rows)}, warm_up=False)
 
 
 def _filter(config: BenchmarkConfig) -> Iterator[Result]:
@@ -178,7 +180,8 @@ def _filter(config: BenchmarkConfig) -> Iterator[Result]:
             make_corpus(job.corpus, lines, config.seed)
             peaks = {"naive": peak_memory(twin.naive), "elmlib": peak_memory(job.ours)}
             name = f"filter, {lines} lines"
-            yield _race(name, {"naive": twin.naive, "elmlib": job.ours}, config.turns, lines=lines, peak_bytes=peaks)
+            jobs: dict[str, Job] = {"naive": twin.naive, "elmlib": job.ours}
+            yield _race(name, jobs, config.turns, {"lines": lines, "peak_bytes": peaks})
 
 
 def _loading(config: BenchmarkConfig, device: torch.device) -> Iterator[Result]:
