@@ -24,7 +24,7 @@ def peak_bytes() -> int:
 
 def forget_peak() -> None:
     """The peak is what is resident now; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
 
 
 def _status(field: str) -> int:
