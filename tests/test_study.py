@@ -24,7 +24,7 @@ from wandb_files import read_run
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.results import best_settings, importance, trials_frame
-from elmlib.search import trial_settings
+from elmlib.search import begin, trial_settings
 from elmlib.storage import open_storage
 from elmlib.study import run_study, storage_address
 from elmlib.study_commands import StudyConfig
@@ -68,6 +68,18 @@ def test_two_studies_of_one_seed_are_the_same_and_a_stop_changes_nothing(stub_co
     assert [trial.params for trial in whole.trials] == [trial.params for trial in other.trials]
     assert [trial.value for trial in whole.trials] == [trial.value for trial in other.trials]
     assert len({tuple(trial.params.values()) for trial in whole.trials}) == 5
+
+
+def test_a_trial_lost_before_it_had_settings_shares_its_new_ones_with_no_other(stub_config: StudyConfig) -> None:
+    study, _ = begin(stub_config, storage_address(stub_config))
+    while any(trial.state == TrialState.WAITING for trial in study.trials):
+        study.tell(study.ask(), 0.0)
+    lost = study.ask()
+    config = replace(stub_config, trials=len(study.trials) + 2, startup_trials=20)
+    run_study(config)
+    again, *others = study.trials[lost.number + 1 :]
+    assert again.system_attrs["retry_history"] == [lost.number] and len(others) == 2
+    assert len({tuple(trial.params.values()) for trial in (again, *others)}) == 3
 
 
 @pytest.mark.heavy
