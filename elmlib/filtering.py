@@ -7,16 +7,15 @@ import json
 import mmap
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from itertools import islice
-from operator import itemgetter
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
+import msgspec
 import numpy as np
-import orjson
 from tqdm.auto import tqdm
 
 from elmlib import layout, records
@@ -31,12 +30,30 @@ _BLOCK_LINES = 256  # handled at a time; they stay in the processor's cache
 _UNSEEN, _BAD = -1, -2  # rows in a map under construction; in the end both are -1, dropped
 _BOM = b"\xef\xbb\xbf"
 
-_NUMBERS = (int, float)
-_REQUIRED = itemgetter(
-    *("task_type", "input_prompt_template", "embedding_index", "target_text"),
-    *("variation", "temperature", "top_p", "token_count"),
-)
-_DIGITS_TO_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
+_INDEX_KEY = b'"embedding_index"'
+
+
+class _Line(msgspec.Struct, gc=False):
+    """What `records.check_fields` asks for, checked in C while it is parsed; unknown fields are passed over."""
+
+    task_type: str
+    input_prompt_template: str
+    embedding_index: int
+    target_text: str
+    variation: int
+    temperature: int | float
+    top_p: int | float
+    token_count: int
+    source_id: str = ""
+    source_text: str = ""
+
+
+class _KnownLine(_Line, gc=False, forbid_unknown_fields=True):
+    """A line without any unknown field, as all lines of most files are."""
+
+
+_decode = msgspec.json.Decoder(_Line).decode
+_decode_known = msgspec.json.Decoder(_KnownLine).decode
 
 
 class _Split(NamedTuple):
@@ -178,41 +195,30 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
     num_rows, num_new, last_source = len(index_map), 0, ""
     for start, lines in _blocks(split.lines):
         tasks, kept, written, sources, rows = [], [], [], array("q"), array("q")
-        for number, line in enumerate(lines, start):
-            try:
-                values = orjson.loads(line)
-                task, template, row, text, variation, temperature, top_p, tokens = _REQUIRED(values)
-                source, source_text = values.get("source_id", ""), values.get("source_text", "")
-                # All that records.check_fields checks, several times faster; it is left to find the words.
-                good = (
-                    type(task) is type(template) is type(text) is type(source) is type(source_text) is str
-                    and type(row) is type(variation) is type(tokens) is int
-                    and type(temperature) in _NUMBERS
-                    and type(top_p) in _NUMBERS
-                    and 0 <= row < num_rows
-                    and new_rows[row] != _BAD
-                    and template.count(SLOT) == 1
-                    and text.strip()
-                )
-            except (orjson.JSONDecodeError, KeyError, TypeError):
-                good = False
-            if not good:
+        for number, line, record in zip(count(start), lines, _parse(lines), strict=False):
+            if (
+                record is None
+                or not 0 <= (row := record.embedding_index) < num_rows
+                or (new_row := new_rows[row]) == _BAD
+                or record.input_prompt_template.count(SLOT) != 1
+                or not record.target_text.strip()
+            ):
                 if line.strip():
                     tally.reject(number, line)
                 continue
-            tasks.append(task)
-            if task != tally.wanted:
+            tasks.append(record.task_type)
+            if record.task_type != tally.wanted:
                 continue
-            kept.append((variation, temperature, tokens))
-            if source and source != last_source:
-                last_source = source
+            kept.append((record.variation, record.temperature, record.token_count))
+            if record.source_id and record.source_id != last_source:
+                last_source = record.source_id
                 # A str's own hash is a 64-bit SipHash, salted anew in each process; the notes live no longer than it.
-                sources.extend((hash(source), number))
-            if new_rows[row] == _UNSEEN:
-                new_rows[row] = num_new
+                sources.extend((hash(last_source), number))
+            if new_row == _UNSEEN:
+                new_row = new_rows[row] = num_new
                 num_new += 1
                 rows.extend((row, number))
-            written.append(_with_index(line, values, new_rows[row]))
+            written.append(_with_index(line, record, new_row))
         tally.add(tasks, kept)
         out.write(b"".join(written))
         split.sources.add(sources)
@@ -220,6 +226,21 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
         _release(index_map)
         bar.update(sum(map(len, lines)))
     return tally.report(num_new)
+
+
+def _parse(lines: list[bytes]) -> Sequence[_Line | None]:
+    """The records of a block; None for a line that is none."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return list(map(_decode_known, lines))
+    return list(map(_parse_line, lines))
+
+
+def _parse_line(line: bytes) -> _Line | None:
+    try:
+        line.decode()  # the decoder passes over the bytes of unknown fields
+        return _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
@@ -232,13 +253,18 @@ def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
             number += len(lines)
 
 
-def _with_index(line: bytes, values: dict[str, Any], index: int) -> bytes:
-    num_known = 8 + ("source_id" in values) + ("source_text" in values)
-    # orjson reads integers beyond 64 bits as floats, and an unknown field may hold one.
-    if len(values) > num_known and b"0" * 19 in line.translate(_DIGITS_TO_ZEROS):
-        return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode() + b"\n"
-    values["embedding_index"] = index
-    return orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
+def _with_index(line: bytes, record: _Line, index: int) -> bytes:
+    """`line` with `index` in the place of its own; all else stays, to the byte but for the end of the line."""
+    if not line.endswith(b"}\n"):
+        line = line.rstrip() + b"\n"
+    if line.count(_INDEX_KEY) == 1:
+        old = b"%d" % record.embedding_index
+        start = line.find(old, line.find(_INDEX_KEY))
+        changed = b"%b%d%b" % (line[:start], index, line[start + len(old) :])
+        # The key may have been one of an unknown field, the record's own spelt with escapes; and -0 is a number too.
+        if (type(record) is _KnownLine and record.embedding_index) or _decode(changed).embedding_index == index:
+            return changed
+    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode() + b"\n"
 
 
 def _kept_rows(split: _Split) -> Iterator[bytes]:

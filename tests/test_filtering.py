@@ -175,6 +175,34 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(config: Filter
     assert output(config) == expected
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        b'"embedding_index" :\t7',
+        b'"embedding_index": -0',
+        b'"embedding_index": 3, "embedding_index": 7',
+        b'"embedding\\u005findex": 7',
+        b'"embedding\\u005findex": 7, "more": {"embedding_index": 7}',
+        b'"more": {"embedding_index": 7}, "embedding_index": 7',
+        b'"more": "\\"embedding_index\\": 7", "embedding_index": 7',
+        b'"more": [7, 1e-7, 18446744073709551617, "\\u00e9"], "embedding_index": 7',
+    ],
+)
+def test_the_index_is_found_however_it_is_spelt(config: FilterConfig, spelling: bytes) -> None:
+    lines = [json.dumps(make_values("val", row) | {"extra": 0}).encode() for row in (2, 4, 6)]
+    known = [line.replace(b'"extra": 0, ', b"") for line in lines]
+    for rest in (lines, known):
+        odd = rest[1].replace(b'"embedding_index": 4', spelling)
+        assert odd != rest[1]
+        lines_path(config, "val").write_bytes(b"\n".join([rest[0], odd, rest[2]]))
+        run(config)
+        kept = (config.output_dir / "val_synthesis.jsonl").read_bytes().splitlines()
+        assert [list(json.loads(line).items()) for line in kept] == [
+            list((json.loads(line) | {"embedding_index": index}).items())
+            for index, line in enumerate([rest[0], odd, rest[2]])
+        ]
+
+
 def change_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[FilterConfig], None]:
     """In the val split, line `number` becomes change(line)."""
 
@@ -215,6 +243,7 @@ BAD_RECORDS = {
     "broken JSON": (change_line(3, lambda line: line[:-1]), 3, "not valid JSON"),
     "NaN in JSON": (change_line(3, lambda line: line.replace(b"0.85", b"NaN")), 3, "not valid JSON"),
     "not UTF-8": (change_line(3, lambda line: line.replace(b"says", b"s\xe4ys")), 3, "not UTF-8"),
+    "not UTF-8 in an unknown field": (change_line(3, lambda line: line.replace(b"{text}", b"\xe4", 1)), 3, "not UTF-8"),
     "no object": (change_line(3, lambda line: b"[]"), 3, "expected a JSON object, found list"),
     "missing field": (without_field(3, "top_p"), 3, "field 'top_p' is missing"),
     "missing field of another task": (without_field(4, "top_p"), 4, "field 'top_p' is missing"),
