@@ -194,7 +194,11 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
     new_rows = index_map.data  # gives ints, several times faster than the array
     num_rows, num_new, last_source = len(index_map), 0, ""
     for start, lines in _blocks(split.lines):
-        tasks, kept, written, sources, rows = [], [], [], array("q"), array("q")
+        tasks: list[str] = []
+        kept: list[tuple[int, float, int]] = []
+        written: list[bytes] = []
+        sources: list[int] = []
+        rows: list[int] = []
         for number, line, record in zip(count(start), lines, _parse(lines), strict=False):
             if (
                 record is None
@@ -206,23 +210,24 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
                 if line.strip():
                     tally.reject(number, line)
                 continue
-            tasks.append(record.task_type)
-            if record.task_type != tally.wanted:
+            task, source = record.task_type, record.source_id
+            tasks.append(task)
+            if task != tally.wanted:
                 continue
             kept.append((record.variation, record.temperature, record.token_count))
-            if record.source_id and record.source_id != last_source:
-                last_source = record.source_id
+            if source and source != last_source:
+                last_source = source
                 # A str's own hash is a 64-bit SipHash, salted anew in each process; the notes live no longer than it.
-                sources.extend((hash(last_source), number))
+                sources += (hash(source), number)
             if new_row == _UNSEEN:
                 new_row = new_rows[row] = num_new
                 num_new += 1
-                rows.extend((row, number))
-            written.append(_with_index(line, record, new_row))
+                rows += (row, number)
+            written += _with_index(line, record, new_row)
         tally.add(tasks, kept)
         out.write(b"".join(written))
-        split.sources.add(sources)
-        split.rows.add(rows)
+        split.sources.add(array("q", sources))
+        split.rows.add(array("q", rows))
         _release(index_map)
         bar.update(sum(map(len, lines)))
     return tally.report(num_new)
@@ -253,18 +258,20 @@ def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
             number += len(lines)
 
 
-def _with_index(line: bytes, record: _Line, index: int) -> bytes:
-    """`line` with `index` in the place of its own; all else stays, to the byte but for the end of the line."""
+def _with_index(line: bytes, record: _Line, index: int) -> tuple[bytes, ...]:
+    """`line`, in pieces, with `index` in the place of its own; all else stays, to the byte but for the line's end."""
     if not line.endswith(b"}\n"):
         line = line.rstrip() + b"\n"
-    if line.count(_INDEX_KEY) == 1:
+    at = line.find(_INDEX_KEY)
+    if at >= 0 and line.find(_INDEX_KEY, at + len(_INDEX_KEY)) < 0:
         old = b"%d" % record.embedding_index
-        start = line.find(old, line.find(_INDEX_KEY))
-        changed = b"%b%d%b" % (line[:start], index, line[start + len(old) :])
+        start = line.find(old, at)
+        changed = line[:start], b"%d" % index, line[start + len(old) :]
         # The key may have been one of an unknown field, the record's own spelt with escapes; and -0 is a number too.
-        if (type(record) is _KnownLine and record.embedding_index) or _decode(changed).embedding_index == index:
+        certain = type(record) is _KnownLine and record.embedding_index
+        if certain or _decode(b"".join(changed)).embedding_index == index:
             return changed
-    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode(), b"\n"
 
 
 def _kept_rows(split: _Split) -> Iterator[bytes]:
