@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,10 +98,15 @@ def _settings(config: BenchmarkConfig) -> SummaryTrainingConfig:
 
 
 def _race(
-    name: str, jobs: dict[str, Job], turns: int, facts: dict[str, Any] | None = None, warm_up: bool = True
+    name: str,
+    jobs: dict[str, Job],
+    turns: int,
+    facts: dict[str, Any] | None = None,
+    warm_up: bool = True,
+    prepare: Job = lambda: None,
 ) -> Result:
     settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    timings = race(jobs, turns, settle, warm_up, progress=name)
+    timings = race(jobs, turns, settle, warm_up, progress=name, prepare=prepare)
     return Result(name, {job: list(timing.seconds) for job, timing in timings.items()}, facts or {})
 
 
@@ -174,14 +180,22 @@ def _evaluation(bench: Workbench, settings: SummaryTrainingConfig, config: Bench
 def _filter(config: BenchmarkConfig) -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="elm-filter-") as folder:
         for part in _FILTER_SIZES:
-            lines = config.filter_lines // part
-            job = FilterJob(Path(folder, f"corpus-{lines}"), Path(folder, f"ours-{lines}"))
-            twin = job._replace(out=Path(folder, f"naive-{lines}"))
-            make_corpus(job.corpus, lines, config.seed)
-            peaks = {"naive": peak_memory(twin.naive), "elmlib": peak_memory(job.ours)}
-            name = f"filter, {lines} lines"
-            jobs: dict[str, Job] = {"naive": twin.naive, "elmlib": job.ours}
-            yield _race(name, jobs, config.turns, {"lines": lines, "peak_bytes": peaks})
+            yield _filter_lines(Path(folder), config, config.filter_lines // part)
+
+
+def _filter_lines(folder: Path, config: BenchmarkConfig, lines: int) -> Result:
+    job = FilterJob(folder / f"corpus-{lines}", folder / f"ours-{lines}")
+    twin = job._replace(out=folder / f"naive-{lines}")
+    make_corpus(job.corpus, lines, config.seed)
+    peaks = {"naive": peak_memory(twin.naive), "elmlib": peak_memory(job.ours)}
+
+    def clear() -> None:  # to be rid of old output is no part of the job
+        for made in (job.out, twin.out):
+            shutil.rmtree(made, ignore_errors=True)
+
+    jobs: dict[str, Job] = {"naive": twin.naive, "elmlib": job.ours}
+    facts = {"lines": lines, "peak_bytes": peaks}
+    return _race(f"filter, {lines} lines", jobs, config.turns, facts, prepare=clear)
 
 
 def _loading(config: BenchmarkConfig, device: torch.device) -> Iterator[Result]:

@@ -31,17 +31,19 @@ def race(
     settle: Callable[[], object] = lambda: None,
     warm_up: bool = True,
     progress: str = "",
+    prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time each contestant `turns` times, in turn, after one turn that is not counted (with `warm_up`).
 
-    `settle` is called before each clock is read: on a GPU `torch.cuda.synchronize`. The order is reversed from turn to
-    turn, so that none always runs behind the same other.
+    `prepare` is called before each contestant, untimed; `settle` before each clock is read: on a GPU
+    `torch.cuda.synchronize`. The order is reversed from turn to turn, so that none always runs behind the same other.
     """
     found: dict[str, list[float]] = {name: [] for name in contestants}
     with tqdm(total=(turns + warm_up) * len(contestants), desc=progress, disable=not progress, leave=False) as bar:
         for turn in range(-1 if warm_up else 0, turns):
             order = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
             for name in order:
+                prepare()
                 settle()
                 started = time.perf_counter()
                 contestants[name]()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_contestants_take_turns_and_change_their_order() -> None:
     timings = race({name: lambda name=name: order.append(name) for name in "abc"}, turns=2)
     assert order == ["c", "b", "a", "a", "b", "c", "c", "b", "a"]  # the first turn warms up
     assert all(len(timing.seconds) == 2 for timing in timings.values())
+
+
+def test_what_prepares_a_contestant_is_not_timed() -> None:
+    order: list[str] = []
+
+    def prepare() -> None:
+        time.sleep(0.05)
+        order.append("prepare")
+
+    timings = race({name: lambda name=name: order.append(name) for name in "ab"}, turns=1, prepare=prepare)
+    assert order == ["prepare", "b", "prepare", "a", "prepare", "a", "prepare", "b"]
+    assert all(timing.median < 0.05 for timing in timings.values())
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios() -> None:
