@@ -267,9 +267,11 @@ def _with_index(line: bytes, record: _Line, index: int) -> tuple[bytes, ...]:
         old = b"%d" % record.embedding_index
         start = line.find(old, at)
         changed = line[:start], b"%d" % index, line[start + len(old) :]
-        # The key may have been one of an unknown field, the record's own spelt with escapes; and -0 is a number too.
-        certain = type(record) is _KnownLine and record.embedding_index
-        if certain or _decode(b"".join(changed)).embedding_index == index:
+        if type(record) is _KnownLine and record.embedding_index:  # -0 is a number, too
+            return changed
+        # The key may have been one of an unknown field, and the record's own spelt with escapes.
+        again = _parse_line(b"".join(changed))
+        if again is not None and again.embedding_index == index:
             return changed
     return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode(), b"\n"
 

@@ -183,6 +183,7 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(config: Filter
         b'"embedding_index": 3, "embedding_index": 7',
         b'"embedding\\u005findex": 7',
         b'"embedding\\u005findex": 7, "more": {"embedding_index": 7}',
+        b'"embedding\\u005findex": 11, "more": {"embedding_index": 3}',
         b'"more": {"embedding_index": 7}, "embedding_index": 7',
         b'"more": "\\"embedding_index\\": 7", "embedding_index": 7',
         b'"more": [7, 1e-7, 18446744073709551617, "\\u00e9"], "embedding_index": 7',
