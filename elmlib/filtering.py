@@ -3,57 +3,29 @@
 Both files of a split are streamed; what grows with the corpus (row map, hashes for the leak check) stays on disk.
 """
 
-import json
 import mmap
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-import msgspec
 import numpy as np
 from tqdm.auto import tqdm
 
 from elmlib import layout, records
 from elmlib.commands import FilterConfig
 from elmlib.leaks import Notes, find_leaks
+from elmlib.lines import line_blocks, parse_lines, with_index
 from elmlib.prompts import SLOT
 from elmlib.records import EmbeddingFile, atomic_path
 from elmlib.reports import FilterReport, SplitReport, Tally
 
-_BLOCK_BYTES = 1 << 20  # read at a time: float32 rows, the row map, or lines into the buffer
-_BLOCK_LINES = 256  # handled at a time; they stay in the processor's cache
+_BLOCK_BYTES = 1 << 20  # read at a time: float32 rows, or the row map
 _UNSEEN, _BAD = -1, -2  # rows in a map under construction; in the end both are -1, dropped
-_BOM = b"\xef\xbb\xbf"
-
-_INDEX_KEY = b'"embedding_index"'
-
-
-class _Line(msgspec.Struct, gc=False):
-    """What `records.check_fields` asks for, checked in C while it is parsed; unknown fields are passed over."""
-
-    task_type: str
-    input_prompt_template: str
-    embedding_index: int
-    target_text: str
-    variation: int
-    temperature: int | float
-    top_p: int | float
-    token_count: int
-    source_id: str = ""
-    source_text: str = ""
-
-
-class _KnownLine(_Line, gc=False, forbid_unknown_fields=True):
-    """A line without any unknown field, as all lines of most files are."""
-
-
-_decode = msgspec.json.Decoder(_Line).decode
-_decode_known = msgspec.json.Decoder(_KnownLine).decode
 
 
 class _Split(NamedTuple):
@@ -193,13 +165,13 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
     """Write the wanted records with their new index, and note what the later steps need."""
     new_rows = index_map.data  # gives ints, several times faster than the array
     num_rows, num_new, last_source = len(index_map), 0, ""
-    for start, lines in _blocks(split.lines):
+    for start, lines in line_blocks(split.lines):
         tasks: list[str] = []
         kept: list[tuple[int, float, int]] = []
         written: list[bytes] = []
         sources: list[int] = []
         rows: list[int] = []
-        for number, line, record in zip(count(start), lines, _parse(lines), strict=False):
+        for number, line, record in zip(count(start), lines, parse_lines(lines), strict=False):
             if (
                 record is None
                 or not 0 <= (row := record.embedding_index) < num_rows
@@ -223,7 +195,7 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
                 new_row = new_rows[row] = num_new
                 num_new += 1
                 rows += (row, number)
-            written += _with_index(line, record, new_row)
+            written += with_index(line, record, new_row)
         tally.add(tasks, kept)
         out.write(b"".join(written))
         split.sources.add(array("q", sources))
@@ -231,49 +203,6 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
         _release(index_map)
         bar.update(sum(map(len, lines)))
     return tally.report(num_new)
-
-
-def _parse(lines: list[bytes]) -> Sequence[_Line | None]:
-    """The records of a block; None for a line that is none."""
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):
-        return list(map(_decode_known, lines))
-    return list(map(_parse_line, lines))
-
-
-def _parse_line(line: bytes) -> _Line | None:
-    try:
-        line.decode()  # the decoder passes over the bytes of unknown fields
-        return _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """Lines, with the number of the first."""
-    with open(path, "rb", buffering=_BLOCK_BYTES) as file:
-        file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
-        number = 1
-        while lines := list(islice(file, _BLOCK_LINES)):
-            yield number, lines
-            number += len(lines)
-
-
-def _with_index(line: bytes, record: _Line, index: int) -> tuple[bytes, ...]:
-    """`line`, in pieces, with `index` in the place of its own; all else stays, to the byte but for the line's end."""
-    if not line.endswith(b"}\n"):
-        line = line.rstrip() + b"\n"
-    at = line.find(_INDEX_KEY)
-    if at >= 0 and line.find(_INDEX_KEY, at + len(_INDEX_KEY)) < 0:
-        old = b"%d" % record.embedding_index
-        start = line.find(old, at)
-        changed = line[:start], b"%d" % index, line[start + len(old) :]
-        if type(record) is _KnownLine and record.embedding_index:  # -0 is a number, too
-            return changed
-        # The key may have been one of an unknown field, and the record's own spelt with escapes.
-        again = _parse_line(b"".join(changed))
-        if again is not None and again.embedding_index == index:
-            return changed
-    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode(), b"\n"
 
 
 def _kept_rows(split: _Split) -> Iterator[bytes]:

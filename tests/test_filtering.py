@@ -6,16 +6,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from elmlib import filtering, leaks
+from elmlib import filtering, leaks, records
 from elmlib.commands import FilterConfig
 from elmlib.filtering import filter_corpus
 from elmlib.layout import SPLITS
+from elmlib.lines import Line
 from elmlib.prompts import TASK_TEMPLATES
 from elmlib.records import EmbeddingFile, write_embeddings
 from elmlib.reports import FilterReport
@@ -173,6 +175,11 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(config: Filter
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n").removesuffix(b"\r\n\r\n"))
     assert run(config) == plain
     assert output(config) == expected
+
+
+def test_a_line_is_held_to_the_fields_of_a_record() -> None:
+    fields = {it.name: (get_args(it.type) or (it.type,), it.required) for it in msgspec.structs.fields(Line)}
+    assert fields == records._FIELDS
 
 
 @pytest.mark.parametrize(

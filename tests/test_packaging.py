@@ -28,6 +28,7 @@ LAYERS = [
     "corpus",
     "leaks",
     "reports",
+    "lines",
     "filtering",
     "caching",
     "pretrained",
