@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,14 @@ from torch.nn import functional as F
 
 from elmlib import losses
 from elmlib.config import SummaryTrainingConfig
-from elmlib.contests import Job, Steps, training
+from elmlib.contests import Steps, training
 from elmlib.data import Batch
 from elmlib.losses import LossParts
 from elmlib.model import Elm
 from elmlib.objective import loss_parts
 from elmlib.pretrained import load_llm, native_bf16
 from elmlib.prompts import IGNORE_INDEX
+from elmlib.racing import Job
 from elmlib.workbench import Workbench
 
 AS_IT_IS = "as it is"
@@ -33,7 +35,7 @@ class Attempt(NamedTuple):
     """What is other, and what became of it."""
     kept: bool
     """Whether elmlib works so."""
-    make: Callable[[], Job] | None
+    make: Callable[[], list[Job]] | None
     """None where it cannot be tried on this machine; `about` then says why."""
 
 
@@ -42,7 +44,7 @@ def attempts(bench: Workbench, config: SummaryTrainingConfig, steps: Steps, comp
     device = bench.elm.table.device
     plain = replace(config, use_contrastive_loss=False, use_text_drift_loss=False)
 
-    def step(bench: Workbench = bench, loss: Callable[..., LossParts] = loss_parts, mixed: bool = False) -> Job:
+    def step(bench: Workbench = bench, loss: Callable[..., LossParts] = loss_parts, mixed: bool = False) -> list[Job]:
         return training(bench, plain, loss, steps.mixed if mixed else steps.bucketed)
 
     def other_llm(dtype: torch.dtype, checkpointing: bool = False) -> Workbench:
@@ -50,24 +52,22 @@ def attempts(bench: Workbench, config: SummaryTrainingConfig, steps: Steps, comp
         elm = Elm(llm, tokenizer, bench.elm.adapter, checkpointing, config.soft_token_place)
         return replace(bench, elm=elm)
 
-    def with_attention(name: str) -> Job:
+    def with_attention(name: str) -> list[Job]:
         other = other_llm(bench.elm.llm.dtype)
         other.elm.llm.set_attn_implementation(name)
         return step(other)
 
-    def with_compile() -> Job:
+    def with_compile() -> list[Job]:
         other = other_llm(bench.elm.llm.dtype)
         other.elm.llm.base_model.compile(dynamic=True)
         return step(other)
 
-    def chunked(size: int) -> Job:
-        run = step()
-
-        def job() -> None:
+    def chunked(size: int) -> list[Job]:
+        def within(job: Job) -> None:
             with _chunk(size):
-                run()
+                job()
 
-        return job
+        return [partial(within, job) for job in step()]
 
     wide = torch.float32 if bench.elm.llm.dtype == torch.bfloat16 else torch.bfloat16
     fused, eager = ("sdpa", "eager") if device.type == "cpu" else ("eager", "sdpa")
@@ -96,15 +96,16 @@ def attempts(bench: Workbench, config: SummaryTrainingConfig, steps: Steps, comp
     ]  # fmt: skip
 
 
-def first_call(make: Callable[[], Job]) -> tuple[Job, float]:
-    """The job, and the seconds of its first run, in which a compiler compiles."""
-    job = make()
+def first_call(make: Callable[[], list[Job]]) -> tuple[list[Job], float]:
+    """The jobs, and the seconds of their first run, in which a compiler compiles."""
+    jobs = make()
     started = time.perf_counter()
-    job()
-    return job, time.perf_counter() - started
+    for job in jobs:
+        job()
+    return jobs, time.perf_counter() - started
 
 
-def _other_width(dtype: torch.dtype, device: torch.device, make: Callable[[], Job]) -> Attempt:
+def _other_width(dtype: torch.dtype, device: torch.device, make: Callable[[], list[Job]]) -> Attempt:
     if dtype == torch.bfloat16 and not native_bf16(device):
         # A hundredth of float32's speed where it is emulated: an hour for this table.
         return Attempt("LLM in bfloat16", "this processor does not multiply it", False, None)

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,6 @@ from elmlib.benchmark_plots import draw_benchmark
 from elmlib.benchmark_tables import LONG, MEMORY, RESULTS, SHORT, Result, read_benchmark, to_text
 from elmlib.config import OFFLINE_LLM, SummaryTrainingConfig
 from elmlib.contests import (
-    Job,
     Steps,
     evaluation_contest,
     generation_contest,
@@ -32,7 +31,7 @@ from elmlib.contests import (
 from elmlib.files_contests import FilterJob, loading_jobs, make_corpus, peak_memory, trial_seconds
 from elmlib.memory import Point, measure_steps
 from elmlib.pretrained import default_device
-from elmlib.racing import race
+from elmlib.racing import Job, race
 from elmlib.records import write_json
 from elmlib.settings import base_config
 from elmlib.shapes import load_config
@@ -99,7 +98,7 @@ def _settings(config: BenchmarkConfig) -> SummaryTrainingConfig:
 
 def _race(
     name: str,
-    jobs: dict[str, Job],
+    jobs: Mapping[str, Sequence[Job]],
     turns: int,
     facts: dict[str, Any] | None = None,
     warm_up: bool = True,
@@ -110,6 +109,11 @@ def _race(
     return Result(name, {job: list(timing.seconds) for job, timing in timings.items()}, facts or {})
 
 
+def _whole(jobs: Mapping[str, Job]) -> dict[str, list[Job]]:
+    """Each job in one part."""
+    return {name: [job] for name, job in jobs.items()}
+
+
 def _steps(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
     for name, make, count in ((SHORT, short_steps, config.steps), (LONG, long_steps, config.steps // 4)):
         steps = make(bench, settings, count)
@@ -117,13 +121,14 @@ def _steps(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkC
         yield _race(name, jobs, config.turns, _work(bench, steps, jobs["elmlib, NLL"]))
 
 
-def _work(bench: Workbench, steps: Steps, job: Job) -> dict[str, float]:
+def _work(bench: Workbench, steps: Steps, jobs: Sequence[Job]) -> dict[str, float]:
     """What a turn of elmlib's steps does, and what this device could do."""
     counter = FlopCounterMode(display=False)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with counter:
-        job()
+        for job in jobs:
+            job()
     rows = sum(len(batch.labels) for batch in steps.bucketed)
     memory = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
     return {
@@ -140,7 +145,7 @@ def _matmul_rate(like: torch.Tensor, size: int = 2048) -> float:
     """Floating-point operations a second of a large matrix product of the same type: what utilisation is a share of."""
     x = torch.randn(size, size, device=like.device).to(like.dtype)
     settle = torch.cuda.synchronize if like.is_cuda else lambda: None
-    timing = race({"product": lambda: x @ x}, 5, settle)["product"]
+    timing = race({"product": [lambda: x @ x]}, 5, settle)["product"]
     return 2 * size**3 / timing.median
 
 
@@ -156,8 +161,8 @@ def _tried(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkC
             if attempt.make is None:
                 continue
             # One at a time beside the usual step, which so is timed again for each: no two attempts' models at once.
-            job, notes[attempt.name]["first_seconds"] = first_call(attempt.make)
-            timings = race({AS_IT_IS: usual.make(), attempt.name: job}, config.turns, progress=attempt.name)
+            jobs, notes[attempt.name]["first_seconds"] = first_call(attempt.make)
+            timings = race({AS_IT_IS: usual.make(), attempt.name: jobs}, config.turns, progress=attempt.name)
             seconds[attempt.name] = list(timings[attempt.name].seconds)
             notes[attempt.name]["as_it_is"] = list(timings[AS_IT_IS].seconds)
         yield Result(f"tried, {length} answers", seconds, notes)
@@ -166,15 +171,16 @@ def _tried(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkC
 def _evaluation(bench: Workbench, settings: SummaryTrainingConfig, config: BenchmarkConfig) -> Iterator[Result]:
     rows = bench.val.subset(config.eval_samples, settings.eval_seed)
     turns = max(1, config.turns // 2)
-    yield _race("generation", generation_contest(bench, settings, rows), turns, {"rows": len(rows)})
+    yield _race("generation", _whole(generation_contest(bench, settings, rows)), turns, {"rows": len(rows)})
     references = [bench.val.records[row].target_text for row in rows]
     # Texts like those that are scored: other summaries of the same corpus.
     predictions = [bench.train.records[row].target_text for row in bench.train.subset(len(rows), settings.eval_seed)]
     contest = scoring_contest(bench, predictions, references)
     facts = {"pairs": len(rows), "hash": bench.evaluator.hash, "difference": contest.difference()}
-    yield _race("BERTScore", contest.jobs, config.turns, facts)
+    yield _race("BERTScore", _whole(contest.jobs), config.turns, facts)
     # The two contests before have warmed all that a whole evaluation calls, and its naive twin takes minutes.
-    yield _race("whole evaluation", evaluation_contest(bench, settings), turns, {"rows": len(rows)}, warm_up=False)
+    jobs = _whole(evaluation_contest(bench, settings))
+    yield _race("whole evaluation", jobs, turns, {"rows": len(rows)}, warm_up=False)
 
 
 def _filter(config: BenchmarkConfig) -> Iterator[Result]:
@@ -193,13 +199,13 @@ def _filter_lines(folder: Path, config: BenchmarkConfig, lines: int) -> Result:
         for made in (job.out, twin.out):
             shutil.rmtree(made, ignore_errors=True)
 
-    jobs: dict[str, Job] = {"naive": twin.naive, "elmlib": job.ours}
+    jobs = _whole({"naive": twin.naive, "elmlib": job.ours})
     facts = {"lines": lines, "peak_bytes": peaks}
     return _race(f"filter, {lines} lines", jobs, config.turns, facts, prepare=clear)
 
 
 def _loading(config: BenchmarkConfig, device: torch.device) -> Iterator[Result]:
-    yield _race("loading the LLM", loading_jobs(OFFLINE_LLM, device), max(1, config.turns // 2))
+    yield _race("loading the LLM", _whole(loading_jobs(OFFLINE_LLM, device)), max(1, config.turns // 2))
 
 
 def _trials(config: BenchmarkConfig) -> Iterator[Result]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,11 @@ from elmlib.naive import naive_bertscore, naive_loss, naive_summaries
 from elmlib.objective import Learner, loss_parts, total_loss
 from elmlib.prompts import IGNORE_INDEX
 from elmlib.quality import BERTScores
+from elmlib.racing import Job
 from elmlib.validation import validate
 from elmlib.workbench import Workbench
 
 Loss = Callable[[Any, Batch, SummaryTrainingConfig], LossParts]
-Job = Callable[[], object]
 
 LONG_TOKENS = 128
 """Tokens of a long answer: the guide's token_count."""
@@ -73,7 +74,7 @@ def _steps(bench: Workbench, split: Split, config: SummaryTrainingConfig, count:
     return Steps(*([split.collate(batch).to(device) for batch in batches] for batches in (full, mixed)))
 
 
-def step_contest(bench: Workbench, config: SummaryTrainingConfig, steps: Steps) -> dict[str, Job]:
+def step_contest(bench: Workbench, config: SummaryTrainingConfig, steps: Steps) -> dict[str, list[Job]]:
     """Whole training steps with the NLL alone and with all losses, by the naive twin and by elmlib; and the floor."""
     plain = replace(config, **_NLL_ONLY)
     return {
@@ -85,17 +86,13 @@ def step_contest(bench: Workbench, config: SummaryTrainingConfig, steps: Steps) 
     }
 
 
-def training(bench: Workbench, config: SummaryTrainingConfig, loss: Loss, batches: Sequence[Batch]) -> Job:
-    """One optimizer step on each batch, of an adapter of its own."""
+def training(bench: Workbench, config: SummaryTrainingConfig, loss: Loss, batches: Sequence[Batch]) -> list[Job]:
+    """One optimizer step on each batch, of an adapter of its own; each is a part of the job."""
     bench = bench.fresh(config)
     adapter = bench.elm.adapter.train()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, fused=True)
 
-    def run() -> None:
-        for batch in batches:
-            take_step(bench, batch, config, optimizer, loss)
-
-    return run
+    return [partial(take_step, bench, batch, config, optimizer, loss) for batch in batches]
 
 
 def take_step(
@@ -113,7 +110,7 @@ def take_step(
     optimizer.zero_grad()
 
 
-def floor(bench: Workbench, batches: Sequence[Batch]) -> Job:
+def floor(bench: Workbench, batches: Sequence[Batch]) -> list[Job]:
     """The bare frozen LLM, forward and backward to its input, on the tokens that elmlib must process and no other.
 
     They stand behind the same cached prompt, and logits are made where an answer token is predicted. No adapter, no
@@ -122,16 +119,15 @@ def floor(bench: Workbench, batches: Sequence[Batch]) -> Job:
     elm = bench.elm
     soft = torch.zeros(1, elm.adapter.num_soft_tokens, elm.adapter.llm_dim, device=elm.table.device)
 
-    def run() -> None:
-        for batch in batches:
-            answer = elm.answer_so_far(batch.labels)
-            embeds, cache = elm.place_tokens(batch.prompt, soft.expand(len(answer), -1, -1), answer)
-            output = elm.llm.base_model(inputs_embeds=embeds.requires_grad_(), cache=cache, use_cache=True)
-            asked = batch.labels != IGNORE_INDEX
-            hidden = output.last_hidden_state[:, -asked.shape[1] :][asked]
-            F.cross_entropy((hidden @ elm.head.T).float(), batch.labels[asked]).backward()
+    def run(batch: Batch) -> None:
+        answer = elm.answer_so_far(batch.labels)
+        embeds, cache = elm.place_tokens(batch.prompt, soft.expand(len(answer), -1, -1), answer)
+        output = elm.llm.base_model(inputs_embeds=embeds.requires_grad_(), cache=cache, use_cache=True)
+        asked = batch.labels != IGNORE_INDEX
+        hidden = output.last_hidden_state[:, -asked.shape[1] :][asked]
+        F.cross_entropy((hidden @ elm.head.T).float(), batch.labels[asked]).backward()
 
-    return run
+    return [partial(run, batch) for batch in batches]
 
 
 def generation_contest(bench: Workbench, config: SummaryTrainingConfig, rows: Sequence[int]) -> dict[str, Job]:

@@ -1,11 +1,14 @@
 """Fair timing: contestants take turns in one process, so that a slow moment of the machine strikes them all."""
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
+
+Job = Callable[[], object]
 
 
 class Timing(NamedTuple):
@@ -26,32 +29,36 @@ class Timing(NamedTuple):
 
 
 def race(
-    contestants: Mapping[str, Callable[[], object]],
+    contestants: Mapping[str, Sequence[Job]],
     turns: int,
-    settle: Callable[[], object] = lambda: None,
+    settle: Job = lambda: None,
     warm_up: bool = True,
     progress: str = "",
-    prepare: Callable[[], object] = lambda: None,
+    prepare: Job = lambda: None,
 ) -> dict[str, Timing]:
     """Time each contestant `turns` times, in turn, after one turn that is not counted (with `warm_up`).
 
-    `prepare` is called before each contestant, untimed; `settle` before each clock is read: on a GPU
-    `torch.cuda.synchronize`. The order is reversed from turn to turn, so that none always runs behind the same other.
+    A contestant comes in parts, as many as every other has: all do their first part before any does its second, and a
+    turn's seconds are the sum over them. `prepare` is called before each part, untimed; `settle` before each clock is
+    read: on a GPU `torch.cuda.synchronize`. The order is reversed each time, so that none always runs behind the same
+    other.
     """
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    with tqdm(total=(turns + warm_up) * len(contestants), desc=progress, disable=not progress, leave=False) as bar:
-        for turn in range(-1 if warm_up else 0, turns):
-            order = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
-            for name in order:
+    (parts,) = {len(jobs) for jobs in contestants.values()}
+    first = -1 if warm_up else 0
+    seconds = {name: np.zeros(turns) for name in contestants}
+    total = (turns - first) * parts * len(contestants)
+    with tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
+        for turn, part in itertools.product(range(first, turns), range(parts)):
+            for name in list(contestants)[:: 1 if (turn + part) % 2 == 0 else -1]:
                 prepare()
                 settle()
                 started = time.perf_counter()
-                contestants[name]()
+                contestants[name][part]()
                 settle()
                 if turn >= 0:
-                    found[name].append(time.perf_counter() - started)
+                    seconds[name][turn] += time.perf_counter() - started
                 bar.update()
-    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+    return {name: Timing(tuple(spent.tolist())) for name, spent in seconds.items()}
 
 
 def ratio(slow: Timing, fast: Timing) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,22 @@ def test_the_peak_of_a_job_is_not_that_of_the_process_that_starts_it() -> None:
 
 def test_contestants_take_turns_and_change_their_order() -> None:
     order: list[str] = []
-    timings = race({name: lambda name=name: order.append(name) for name in "abc"}, turns=2)
+    timings = race({name: [lambda name=name: order.append(name)] for name in "abc"}, turns=2)
     assert order == ["c", "b", "a", "a", "b", "c", "c", "b", "a"]  # the first turn warms up
     assert all(len(timing.seconds) == 2 for timing in timings.values())
+
+
+def test_all_do_a_part_before_any_does_the_next_and_a_turn_is_the_sum() -> None:
+    order: list[str] = []
+
+    def part(name: str, number: int) -> None:
+        time.sleep(0.02)
+        order.append(f"{name}{number}")
+
+    contestants = {name: [partial(part, name, number) for number in range(3)] for name in "ab"}
+    timings = race(contestants, turns=1, warm_up=False)
+    assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert all(timing.median >= 0.06 for timing in timings.values())
 
 
 def test_what_prepares_a_contestant_is_not_timed() -> None:
@@ -56,7 +70,7 @@ def test_what_prepares_a_contestant_is_not_timed() -> None:
         time.sleep(0.05)
         order.append("prepare")
 
-    timings = race({name: lambda name=name: order.append(name) for name in "ab"}, turns=1, prepare=prepare)
+    timings = race({name: [lambda name=name: order.append(name)] for name in "ab"}, turns=1, prepare=prepare)
     assert order == ["prepare", "b", "prepare", "a", "prepare", "a", "prepare", "b"]
     assert all(timing.median < 0.05 for timing in timings.values())
 
@@ -110,7 +124,8 @@ def test_every_attempt_takes_the_same_step(tiny_config: SummaryTrainingConfig) -
     assert "torch.compile" in untried and all(attempt.about for attempt in found)
     for attempt in found:
         if attempt.make:
-            attempt.make()()
+            for job in attempt.make():
+                job()
 
 
 def test_figures_stand_beside_what_was_asked() -> None:
@@ -140,7 +155,7 @@ def test_no_benchmark_says_what_makes_one(tmp_path: Path) -> None:
         read_benchmark(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_is_within_15_percent_of_the_step(checkpointing: bool) -> None:
     config = PlanConfig(bf16=False, fused_attention=False, batch_size=8, answer_tokens=48)
@@ -149,7 +164,7 @@ def test_a_plan_is_within_15_percent_of_the_step(checkpointing: bool) -> None:
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_plan_of_the_guides_models_needs_no_weights_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     config = PlanConfig(

@@ -218,7 +218,7 @@ def test_source_files_are_modules_of_the_dependencies():
     assert not [it for it in modules if it.partition(".")[0] == "elmlib" or ".tests." in it or ".." in it]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_installation_holds_enough_pairs():
     found = docstring_pairs(progress=False)
     pairs, _ = drop_duplicates(found.pairs)

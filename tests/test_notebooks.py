@@ -78,7 +78,7 @@ def test_the_demo_runs_reuses_and_goes_on(tiny_llm: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ablated", [False, True])
+@pytest.mark.parametrize("ablated", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_the_analysis_shows_every_picture_and_leaves_a_scorecard(
     ablated: bool, tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:
@@ -120,7 +120,7 @@ run_stages([Stage("06_benchmark", parameters, folder / "benchmark.json")], folde
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_benchmark_notebook_shows_tables_and_pictures(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
     settings, folder = tmp_path / "tiny.json", tmp_path / "benchmark"
     settings.write_text(tiny_config.to_json())

@@ -38,7 +38,7 @@ def config(tiny_config: SummaryTrainingConfig) -> SummaryTrainingConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", ["false", "true"])
+@pytest.mark.parametrize("fsdp", ["false", pytest.param("true", marks=pytest.mark.heavy)])
 def test_two_processes_have_the_losses_of_one(config: SummaryTrainingConfig, tmp_path: Path, fsdp: str) -> None:
     train(config)
     settings = two_processes(config, tmp_path / "two")
@@ -54,7 +54,7 @@ def test_two_processes_have_the_losses_of_one(config: SummaryTrainingConfig, tmp
                 assert theirs.values[name] == pytest.approx(mine.values[name], abs=1e-4), (mine.kind, mine.step, name)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_only_the_adapters_gradients_travel_once_a_step(config: SummaryTrainingConfig, tmp_path: Path) -> None:
     settings = two_processes(config, tmp_path / "two")
     settings.write_text(replace(SummaryTrainingConfig.from_json(settings), gradient_accumulation_steps=2).to_json())

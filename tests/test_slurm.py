@@ -79,6 +79,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         process.wait()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("slurm")
 def test_jobs_of_a_real_cluster_do_the_study_together(stub_config: StudyConfig) -> None:
     config = replace(stub_config, study_name="slurm", trials=4, jobs=2, slurm=True, slurm_gpus=0)

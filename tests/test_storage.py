@@ -26,7 +26,10 @@ def address_of(kind: str, config: StudyConfig, request: pytest.FixtureRequest) -
     return "" if kind == "journal" else f"sqlite:///{config.folder.parent}/study.db"
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgres"])
+@pytest.mark.parametrize(
+    "kind",
+    ["journal", pytest.param("sqlite", marks=pytest.mark.heavy), pytest.param("postgres", marks=pytest.mark.heavy)],
+)
 def test_workers_share_a_study_without_a_duplicate(
     kind: str, stub_config: StudyConfig, request: pytest.FixtureRequest
 ) -> None:
@@ -90,6 +93,7 @@ def test_a_study_that_is_killed_at_random_loses_no_trial(
     assert any(trial.system_attrs.get("retry_history") for trial in trials)
 
 
+@pytest.mark.heavy
 def test_a_password_is_in_no_file_of_the_study(
     stub_config: StudyConfig, postgres: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +141,7 @@ def test_who_lost_its_turn_with_the_database_puts_no_trial_back(postgres: str, s
     assert [trial.system_attrs["retry_history"] for trial in study.trials[before:]] == [[lost.number]]
 
 
+@pytest.mark.heavy
 def test_workers_of_a_cluster_do_the_study_together(stub_config: StudyConfig) -> None:
     config = replace(stub_config, study_name="cluster", trials=4, jobs=2, slurm=True, slurm_cluster="local")
     trials = run_on_cluster(config)

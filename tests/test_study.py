@@ -60,6 +60,7 @@ def test_a_study_runs_goes_on_and_its_best_settings_give_its_best_score(study_co
             assert value == best.user_attrs[name], name
 
 
+@pytest.mark.heavy
 def test_two_studies_of_one_seed_are_the_same_and_a_stop_changes_nothing(stub_config: StudyConfig) -> None:
     whole = run_study(replace(stub_config, trials=5, startup_trials=3))
     stopped = replace(stub_config, study_name="stopped", trials=3, startup_trials=3)
@@ -70,6 +71,7 @@ def test_two_studies_of_one_seed_are_the_same_and_a_stop_changes_nothing(stub_co
     assert len({tuple(trial.params.values()) for trial in whole.trials}) == 5
 
 
+@pytest.mark.heavy
 def test_a_trial_lost_before_it_had_settings_shares_its_new_ones_with_no_other(stub_config: StudyConfig) -> None:
     study, _ = begin(stub_config, storage_address(stub_config))
     while any(trial.state == TrialState.WAITING for trial in study.trials):
@@ -110,6 +112,7 @@ def test_how_a_trial_ends_is_told_apart_and_no_failure_is_a_score(stub_config: S
     assert trials_frame(study)["outcome"].tolist() == ["complete", "failed", "killed", "pruned"]
 
 
+@pytest.mark.heavy
 def test_a_killed_kernel_is_run_again_with_the_same_settings(stub_config: StudyConfig, tmp_path: Path) -> None:
     (tmp_path / "space.py").write_text(
         "def suggest(trial):\n"
@@ -122,6 +125,7 @@ def test_a_killed_kernel_is_run_again_with_the_same_settings(stub_config: StudyC
     assert again.user_attrs["origin"] == "trial 1 again, which was killed"
 
 
+@pytest.mark.heavy
 def test_three_failures_alike_halt_the_study_and_the_next_run_may_try_again(
     stub_config: StudyConfig, tmp_path: Path
 ) -> None:
@@ -136,6 +140,7 @@ def test_three_failures_alike_halt_the_study_and_the_next_run_may_try_again(
     assert tally(run_study(config), config.max_retries).finished == 8
 
 
+@pytest.mark.heavy
 def test_a_study_does_not_go_on_with_other_data_or_settings(stub_config: StudyConfig) -> None:
     run_study(replace(stub_config, trials=1))
     with pytest.raises(ValueError, match=r"eval_samples was 8, is 9"):
@@ -144,6 +149,7 @@ def test_a_study_does_not_go_on_with_other_data_or_settings(stub_config: StudyCo
         run_study(replace(stub_config, resume=False))
 
 
+@pytest.mark.heavy
 def test_time_that_is_up_stops_a_trial_which_the_next_run_takes_up(stub_config: StudyConfig, tmp_path: Path) -> None:
     space = tmp_path / "space.py"
     text = "def suggest(trial):\n    return {{'learning_rate': trial.suggest_float('learning_rate', 1e-4, 1e-2){}}}\n"
@@ -155,6 +161,7 @@ def test_time_that_is_up_stops_a_trial_which_the_next_run_takes_up(stub_config: 
     check_ended_once(run_study(config), config)
 
 
+@pytest.mark.heavy
 def test_the_first_interrupt_lets_a_trial_end_and_the_second_stops_it(stub_config: StudyConfig, tmp_path: Path) -> None:
     space = tmp_path / "space.py"
     text = "def suggest(trial):\n    return {{'learning_rate': trial.suggest_float('learning_rate', 1e-4, 1e-2){}}}\n"
@@ -184,7 +191,7 @@ def test_the_first_interrupt_lets_a_trial_end_and_the_second_stops_it(stub_confi
     assert trials[2].params == second.params and trials[2].state == TrialState.COMPLETE
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_wandb_has_a_run_of_the_study_and_one_of_each_trial_in_its_group(
     stub_config: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +231,7 @@ def dashboard(config: StudyConfig) -> Iterator[tuple[int, int]]:
         server.wait()
 
 
+@pytest.mark.heavy
 def test_the_dashboard_is_for_this_machine_alone_and_shows_each_trials_note_and_notebook(
     stub_config: StudyConfig,
 ) -> None:

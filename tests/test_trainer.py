@@ -319,7 +319,7 @@ def test_the_frame_of_a_validation_is_what_predictions_jsonl_holds(
     assert (1 / frame["rank"]).mean() == pytest.approx(values["identification_mrr"])
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_processes_train_as_one_with_twice_the_accumulation(
     tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:
