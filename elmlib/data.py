@@ -155,11 +155,10 @@ class Split(Dataset[int]):
         return batches
 
 
-def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Split:
-    """Read, check and tokenise one split of `config.summary_data_path`.
+def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
+    """Where a split of `config.summary_data_path` lies, without reading it.
 
-    Raises FileNotFoundError for missing files and ValueError, naming file and line, for bad records, another task
-    than the summary (with `summary_only`), another embedding size than `embedding_dim`, or no row short enough.
+    Raises FileNotFoundError for missing files and ValueError for another embedding size than `embedding_dim`.
     """
     paths = find_split(Path(config.summary_data_path), split)
     with EmbeddingFile(paths.embeddings) as file:
@@ -168,6 +167,17 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
                 f"{paths.embeddings} holds vectors of size {file.dim}, but embedding_dim is {config.embedding_dim}; "
                 f"pass --embedding-dim {file.dim} if that is the embedder's size"
             )
+    return paths
+
+
+def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Split:
+    """Read, check and tokenise one split of `config.summary_data_path`.
+
+    Raises as `locate_split` does, and ValueError, naming file and line, for bad records, another task than the summary
+    (with `summary_only`), or no row short enough.
+    """
+    paths = locate_split(config, split)
+    with EmbeddingFile(paths.embeddings) as file:
         records = list(read_records(paths.records, file.num_rows))
     if config.summary_only:
         for record in records:

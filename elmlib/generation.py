@@ -88,8 +88,8 @@ def generate_file(
     where the embeddings have another size than the adapter's, and for bad records.
     """
     device = device or default_device()
-    loaded = load_elm(checkpoint, device)
-    config = loaded.file.config
+    adapter = load_adapter(checkpoint)
+    config = adapter.config
     length = max_new_tokens or config.max_new_tokens
     bare = source.suffix == ".safetensors"
     source = source if bare else find_records(source)
@@ -104,6 +104,7 @@ def generate_file(
             made_by["candidates"] = list(sampling)
             embedder = load_embedder(config.embedding_model_name, device)
             choose = _Choice(sampling, lambda texts: encode(embedder, texts, batch_size))
+        elm = build_elm(adapter, device, str(checkpoint))  # last, as it takes longest: bad input fails before
         done = _open_output(output, made_by)
         requests = _bare_requests(vectors) if bare else _record_requests(source, vectors)
         total = vectors.num_rows if bare else sum(1 for _ in read_lines(source))
@@ -113,7 +114,7 @@ def generate_file(
             tqdm(total=total, initial=done, desc="generate", unit="summary", disable=not progress) as bar,
         ):
             while chunk := list(islice(remaining, batch_size)):
-                texts = _answer(loaded.elm, chunk, vectors, length, device, choose if sampling else None)
+                texts = _answer(elm, chunk, vectors, length, device, choose if sampling else None)
                 for request in chunk:
                     line = {"source_id": request.source_id, "embedding_index": request.embedding_index}
                     file.write(orjson.dumps(line | texts[request[:2]]) + b"\n")

@@ -11,7 +11,7 @@ import torch
 from elmlib.adapter import EmbeddingAdapter
 from elmlib.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.config import SummaryTrainingConfig
-from elmlib.data import Split, load_split, opening_split
+from elmlib.data import Split, load_split, locate_split, opening_split
 from elmlib.drift import DriftHead, DriftReadout, ReEmbed
 from elmlib.fits import Fits, load_fits
 from elmlib.model import Elm, make_adapter, token_table
@@ -88,6 +88,8 @@ class Workbench:
 
 def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
     """Load models and data, fit what has a closed form, and start the adapter warm."""
+    for name in ("train", "val"):  # before a model is loaded or even downloaded: a wrong folder fails at once
+        locate_split(config, name)
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(config.llm_model_name, dtype, device)
     check_head(llm)

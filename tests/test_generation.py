@@ -91,7 +91,10 @@ def test_candidates_stand_beside_the_greedy_prediction_and_are_nearer(
         generate_file(adapter, records, drawn, batch_size=8)
 
 
-def test_embeddings_of_another_size_are_refused(adapter: Path, tmp_path: Path) -> None:
+def test_embeddings_of_another_size_are_refused_before_the_llm_is_loaded(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_llm", lambda *_: pytest.fail("the LLM was loaded"))
     path = tmp_path / "wide_embeddings.safetensors"
     write_embeddings(path, (2, 8), [np.ones((2, 8), np.float32).tobytes()])
     with pytest.raises(ValueError, match=r"vectors of size 8; .* reads 384"):

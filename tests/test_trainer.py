@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from elmlib import checkpoint, objective, trainer
+from elmlib import checkpoint, objective, trainer, workbench
 from elmlib.config import SummaryTrainingConfig
 from elmlib.losses import Predictions
 from elmlib.objective import loss_parts
@@ -126,6 +126,16 @@ def test_resume_refuses_other_settings(tiny_config: SummaryTrainingConfig) -> No
 def test_resume_from_a_missing_file(tiny_config: SummaryTrainingConfig) -> None:
     with pytest.raises(FileNotFoundError, match="adapter_step_9"):
         train(replace(tiny_config, resume_from="adapter_step_9.safetensors"))
+
+
+def test_wrong_data_fails_before_a_model_is_loaded(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "load_llm", lambda *_: pytest.fail("an LLM was loaded"))
+    with pytest.raises(FileNotFoundError, match="no train_synthesis"):
+        train(replace(tiny_config, summary_data_path="nowhere"))
+    with pytest.raises(ValueError, match="pass --embedding-dim 384"):
+        train(replace(tiny_config, embedding_dim=8))
 
 
 def test_a_finished_run_resumed_changes_nothing(tiny_config: SummaryTrainingConfig) -> None:
