@@ -156,7 +156,7 @@ class Split(Dataset[int]):
 
 
 def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
-    """Where a split of `config.summary_data_path` lies, without reading it.
+    """Where a split of `config.summary_data_path` lies; of its files only the header of the embeddings is read.
 
     Raises FileNotFoundError for missing files and ValueError for another embedding size than `embedding_dim`.
     """

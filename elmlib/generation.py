@@ -104,7 +104,7 @@ def generate_file(
             made_by["candidates"] = list(sampling)
             embedder = load_embedder(config.embedding_model_name, device)
             choose = _Choice(sampling, lambda texts: encode(embedder, texts, batch_size))
-        elm = build_elm(adapter, device, str(checkpoint))  # last, as it takes longest: bad input fails before
+        elm = build_elm(adapter, device, str(checkpoint))  # takes longest: not before the vectors are known to fit
         done = _open_output(output, made_by)
         requests = _bare_requests(vectors) if bare else _record_requests(source, vectors)
         total = vectors.num_rows if bare else sum(1 for _ in read_lines(source))

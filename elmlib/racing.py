@@ -43,7 +43,9 @@ def race(
     read: on a GPU `torch.cuda.synchronize`. The order is reversed each time, so that none always runs behind the same
     other.
     """
-    (parts,) = {len(jobs) for jobs in contestants.values()}
+    counts = {name: len(jobs) for name, jobs in contestants.items()}
+    parts = next(iter(counts.values()))
+    assert set(counts.values()) == {parts}, f"contestants in unequal numbers of parts: {counts}"
     first = -1 if warm_up else 0
     seconds = {name: np.zeros(turns) for name in contestants}
     total = (turns - first) * parts * len(contestants)
