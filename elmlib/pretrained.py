@@ -139,8 +139,8 @@ def load_llm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = locate(name, revision)
-    # With the fused kernel a training step took 1.18 times as long on a CPU in bfloat16. In float32 notebook 06 has since
-    # measured 0.96 (short answers) and 0.88 (long ones): not yet taken up.
+    # With the fused kernel a training step took 1.18 times as long on a CPU in bfloat16. In float32 notebook 06 has
+    # since measured 0.96 (short answers) and 0.88 (long ones): not yet taken up.
     attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():
