@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from elmlib import layout, records
 from elmlib.commands import FilterConfig
 from elmlib.leaks import Notes, find_leaks
-from elmlib.lines import line_blocks, parse_lines, with_index
+from elmlib.lines import Line, line_blocks, parse_lines, with_indices
 from elmlib.prompts import SLOT
 from elmlib.records import EmbeddingFile, atomic_path
 from elmlib.reports import FilterReport, SplitReport, Tally
@@ -167,8 +167,9 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
     num_rows, num_new, last_source = len(index_map), 0, ""
     for start, lines in line_blocks(split.lines):
         tasks: list[str] = []
-        kept: list[tuple[int, float, int]] = []
-        written: list[bytes] = []
+        kept: list[Line] = []
+        kept_lines: list[bytes] = []
+        kept_rows: list[int] = []
         sources: list[int] = []
         rows: list[int] = []
         for number, line, record in zip(count(start), lines, parse_lines(lines), strict=False):
@@ -186,7 +187,6 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
             tasks.append(task)
             if task != tally.wanted:
                 continue
-            kept.append((record.variation, record.temperature, record.token_count))
             if source and source != last_source:
                 last_source = source
                 # A str's own hash is a 64-bit SipHash, salted anew in each process; the notes live no longer than it.
@@ -195,9 +195,11 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
                 new_row = new_rows[row] = num_new
                 num_new += 1
                 rows += (row, number)
-            written += with_index(line, record, new_row)
+            kept.append(record)
+            kept_lines.append(line)
+            kept_rows.append(new_row)
         tally.add(tasks, kept)
-        out.write(b"".join(written))
+        out.write(with_indices(kept_lines, kept, kept_rows))
         split.sources.add(array("q", sources))
         split.rows.add(array("q", rows))
         _release(index_map)

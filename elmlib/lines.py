@@ -12,6 +12,7 @@ _BUFFER_BYTES = 1 << 20
 _BLOCK_LINES = 256  # handled at a time; they stay in the processor's cache
 _BOM = b"\xef\xbb\xbf"
 _INDEX_KEY = b'"embedding_index"'
+_INDEX_KEYS = _INDEX_KEY + b":", _INDEX_KEY + b": "  # as JSON libraries write it; the second is json.dumps'
 
 
 class Line(msgspec.Struct, gc=False):
@@ -62,19 +63,36 @@ def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
             number += len(lines)
 
 
-def with_index(line: bytes, record: Line, index: int) -> tuple[bytes, ...]:
-    """`line`, in pieces, with `index` in the place of its own; all else stays, to the byte but for the line's end."""
-    if not line.endswith(b"}\n"):
-        line = line.rstrip() + b"\n"
-    at = line.find(_INDEX_KEY)
-    if at >= 0 and line.find(_INDEX_KEY, at + len(_INDEX_KEY)) < 0:
-        old = b"%d" % record.embedding_index
-        start = line.find(old, at)
-        changed = line[:start], b"%d" % index, line[start + len(old) :]
-        if type(record) is _KnownLine and record.embedding_index:  # -0 is a number, too
-            return changed
+def with_indices(lines: list[bytes], records: list[Line], indices: list[int]) -> bytes:
+    """Lines of one block, joined, each with its number of `indices` in the place of its own.
+
+    All else stays, to the byte but for a line's end.
+    """
+    if not lines:
+        return b""
+    key = next((key for key in _INDEX_KEYS if key in lines[0]), _INDEX_KEYS[0])
+    pieces = []
+    for line, record, index in zip(lines, records, indices, strict=True):
+        old = record.embedding_index
+        piece = line.replace(b"%b%d" % (key, old), b"%b%d" % (key, index), 1)
+        if (piece == line and old != index) or not line.endswith(b"}\n"):
+            piece = _with_index(line, record, index)
+        pieces.append(piece)
+    joined = b"".join(pieces)
+    # Without unknown fields, of which the key might be one, and with the key once in each line, it was the right one.
+    if type(records[0]) is _KnownLine and joined.count(_INDEX_KEY) == len(lines):
+        return joined
+    return b"".join(map(_with_index, lines, records, indices))
+
+
+def _with_index(line: bytes, record: Line, index: int) -> bytes:
+    """One line, however its index is spelt; its fields keep their order."""
+    line = line.rstrip() + b"\n"
+    head, key, tail = line.partition(_INDEX_KEY)
+    if _INDEX_KEY not in tail:
+        changed = head + key + tail.replace(b"%d" % record.embedding_index, b"%d" % index, 1)
         # The key may have been one of an unknown field, and the record's own spelt with escapes.
-        again = _parse_line(b"".join(changed))
+        again = _parse_line(changed)
         if again is not None and again.embedding_index == index:
             return changed
-    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode(), b"\n"
+    return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode() + b"\n"

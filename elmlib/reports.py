@@ -10,6 +10,7 @@ import orjson
 
 from elmlib import records
 from elmlib.leaks import Leak
+from elmlib.lines import Line
 from elmlib.records import EmbeddingFile
 
 _MOST_VALUES = 32  # that a count tells apart; the rest is counted together, so that no count grows with the corpus
@@ -81,13 +82,13 @@ class Tally:
         self._fewest: float = float("inf")  # a whole number once a record is kept
         self._most, self._total, self._rejected = 0, 0, 0
 
-    def add(self, tasks: list[str], kept: list[tuple[int, float, int]]) -> None:
-        """A block of good records: the task of each; variation, temperature and token_count of each kept one."""
+    def add(self, tasks: list[str], kept: list[Line]) -> None:
+        """A block of good records: the task of each, and the kept ones."""
         _count(self._tasks, tasks)
         if kept:
-            variations, temperatures, tokens = zip(*kept, strict=True)
-            _count(self._variations, variations)
-            _count(self._temperatures, map(float, temperatures))  # 1 and 1.0 are one label
+            tokens = [record.token_count for record in kept]
+            _count(self._variations, [record.variation for record in kept])
+            _count(self._temperatures, [float(record.temperature) for record in kept])  # 1 and 1.0 are one label
             self._fewest, self._most = min(self._fewest, *tokens), max(self._most, *tokens)
             self._total += sum(tokens)
 
