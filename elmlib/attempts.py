@@ -70,7 +70,8 @@ def attempts(bench: Workbench, config: SummaryTrainingConfig, steps: Steps, comp
         return [partial(within, job) for job in step()]
 
     wide = torch.float32 if bench.elm.llm.dtype == torch.bfloat16 else torch.bfloat16
-    fused, eager = ("sdpa", "eager") if device.type == "cpu" else ("eager", "sdpa")
+    used = bench.elm.llm.config._attn_implementation
+    other = "eager" if used == "sdpa" else "sdpa"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return [
         Attempt(AS_IT_IS, "the step that elmlib trains with", True, step),
@@ -83,7 +84,7 @@ def attempts(bench: Workbench, config: SummaryTrainingConfig, steps: Steps, comp
             "vocabulary whole", f"logits of all answer tokens at once, not of {losses.CHUNK} at a time", False,
             lambda: chunked(2**40),
         ),
-        Attempt(f"{fused} attention", f"in the place of {eager}", False, lambda: with_attention(fused)),
+        Attempt(f"{other} attention", f"in the place of {used}", False, lambda: with_attention(other)),
         Attempt(
             "gradient checkpointing", "activations made twice, and the prompt read in every row; for memory, not speed",
             False, lambda: step(other_llm(bench.elm.llm.dtype, checkpointing=True)),

@@ -43,7 +43,7 @@ class PlanConfig:
     bf16: bool = True
     """The LLM in bfloat16, else in float32."""
     fused_attention: bool = True
-    """Attention as on a GPU, which keeps no weights of it; else as on a CPU, which does."""
+    """Attention by a fused kernel, which keeps no weights of it; else as on a CPU in bfloat16, which does."""
     gpu_memory: tuple[str, ...] = ("16GiB", "40GiB")
     """Cards, by their memory: what is the largest batch that fits? The guide names these two."""
 

@@ -139,9 +139,9 @@ def load_llm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = locate(name, revision)
-    # With the fused kernel a training step took 1.18 times as long on a CPU in bfloat16. In float32 notebook 06 has
-    # since measured 0.96 (short answers) and 0.88 (long ones): not yet taken up.
-    attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it. In float32
+    # it took 0.96 times as long with short answers, 0.87 times with long ones (notebook 06 tries the other one).
+    attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")

@@ -158,7 +158,7 @@ def test_no_benchmark_says_what_makes_one(tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_is_within_15_percent_of_the_step(checkpointing: bool) -> None:
-    config = PlanConfig(bf16=False, fused_attention=False, batch_size=8, answer_tokens=48)
+    config = PlanConfig(bf16=False, batch_size=8, answer_tokens=48)
     (measured,) = measure_steps(config, [Point(8, 48, checkpointing)])
     planned = trace_step(load_config(OFFLINE_LLM), config, checkpointing).peak
     assert planned == pytest.approx(measured, rel=0.15)
