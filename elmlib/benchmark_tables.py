@@ -53,12 +53,12 @@ class Comparison(NamedTuple):
 
 
 _RATIOS: tuple[tuple[str, str, str, str, dict[str, float]], ...] = (
-    ("short answers: naive / elmlib", SHORT, "naive, NLL", "elmlib, NLL", {"at_least": 4.0}),
-    ("short answers, all losses: naive / elmlib", SHORT, "naive, all losses", "elmlib, all losses", {}),
+    ("short answers, NLL alone: naive / elmlib", SHORT, "naive, NLL", "elmlib, NLL", {"at_least": 4.0}),
+    ("short answers, all losses: naive / elmlib", SHORT, "naive, all losses", "elmlib, all losses", {"at_least": 4.0}),
     ("short answers: all losses / NLL alone", SHORT, "elmlib, all losses", "elmlib, NLL", {"at_most": 1.25}),
     ("short answers: elmlib / bare LLM", SHORT, "elmlib, NLL", "floor, NLL", {"at_most": 1.08}),
-    ("long answers: naive / elmlib", LONG, "naive, NLL", "elmlib, NLL", {"at_least": 1.4}),
-    ("long answers, all losses: naive / elmlib", LONG, "naive, all losses", "elmlib, all losses", {}),
+    ("long answers, NLL alone: naive / elmlib", LONG, "naive, NLL", "elmlib, NLL", {"at_least": 1.4}),
+    ("long answers, all losses: naive / elmlib", LONG, "naive, all losses", "elmlib, all losses", {"at_least": 1.4}),
     ("long answers: all losses / NLL alone", LONG, "elmlib, all losses", "elmlib, NLL", {"at_most": 1.25}),
     ("long answers: elmlib / bare LLM", LONG, "elmlib, NLL", "floor, NLL", {"at_most": 1.08}),
     ("generation: row by row / elmlib", "generation", "naive", "elmlib", {"at_least": 5.0}),
