@@ -178,13 +178,12 @@ def to_text(about: dict[str, Any], results: dict[str, Result]) -> str:
     """All tables, plain, the machine first."""
     parts = [", ".join(f"{name} {value}" for name, value in about.items())]
     if comparisons := compare(about, results):
-        lines = [f"{'':<52}{'median':>10}{'turns':>18}{'asked':>10}{'holds':>7}"]
+        lines = [f"{'':<52}{'median':>10}{'turns':>24}{'asked':>18}{'holds':>7}"]
         for it in comparisons:
-            asked = "" if math.isnan(it.at_least) else f">= {it.at_least:g}"
-            asked = asked if math.isnan(it.at_most) or asked else f"<= {it.at_most:g}"
-            lines.append(
-                f"{it.what:<52}{it.value:>10.3g}{f'{it.low:.3g} to {it.high:.3g}':>18}{asked:>10}{it.holds:>7}"
-            )
+            bounds = (">=", it.at_least), ("<=", it.at_most)
+            asked = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if not math.isnan(bound))
+            turns = f"{it.low:.3g} to {it.high:.3g}"
+            lines.append(f"{it.what:<52}{it.value:>10.3g}{turns:>24}{asked:>18}{it.holds:>7}")
         parts.append("\n".join(lines))
     if {SHORT, LONG} <= set(results):
         parts.append(work_frame(results).to_string(float_format="{:.3g}".format))
