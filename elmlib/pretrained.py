@@ -140,7 +140,7 @@ def load_llm(
 
     place = locate(name, revision)
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it. In float32
-    # it took 0.96 times as long with short answers, 0.87 times with long ones (notebook 06 tries the other one).
+    # it took 0.96 times as long with short answers, 0.88 times with long ones (notebook 06 tries the other one).
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():

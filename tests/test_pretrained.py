@@ -136,6 +136,11 @@ def test_load_llm_is_frozen_and_does_not_mask_a_corrupt_file(tmp_path):
     assert not isinstance(raised.value, FileNotFoundError)
 
 
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
+def test_attention_is_what_pays_in_the_type_on_a_cpu(tiny_llm, dtype, attention):
+    assert load_llm(str(tiny_llm), dtype, "cpu")[0].config._attn_implementation == attention
+
+
 def test_the_embedder_gives_float32_rows_whatever_the_batch_size():
     embedder = load_embedder(OFFLINE_EMBEDDER, "cpu")
     texts = ["Parse a date.", "Return the longest common prefix of a list of paths, or an empty string.", "x"]
