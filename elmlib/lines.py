@@ -74,8 +74,10 @@ def with_indices(lines: list[bytes], records: list[Line], indices: list[int]) ->
     pieces = []
     for line, record, index in zip(lines, records, indices, strict=True):
         old = record.embedding_index
+        if not line.endswith(b"}\n"):
+            line = line.rstrip() + b"\n"
         piece = line.replace(b"%b%d" % (key, old), b"%b%d" % (key, index), 1)
-        if (piece == line and old != index) or not line.endswith(b"}\n"):
+        if piece == line and old != index:
             piece = _with_index(line, record, index)
         pieces.append(piece)
     joined = b"".join(pieces)
