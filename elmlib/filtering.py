@@ -169,7 +169,7 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
         tasks: list[str] = []
         kept: list[Line] = []
         kept_lines: list[bytes] = []
-        kept_rows: list[int] = []
+        indices: list[int] = []
         sources: list[int] = []
         rows: list[int] = []
         for number, line, record in zip(count(start), lines, parse_lines(lines), strict=False):
@@ -197,9 +197,9 @@ def _keep_records(split: _Split, tally: Tally, index_map: np.memmap, out: Binary
                 rows += (row, number)
             kept.append(record)
             kept_lines.append(line)
-            kept_rows.append(new_row)
+            indices.append(new_row)
         tally.add(tasks, kept)
-        out.write(with_indices(kept_lines, kept, kept_rows))
+        out.write(with_indices(kept_lines, kept, indices))
         split.sources.add(array("q", sources))
         split.rows.add(array("q", rows))
         _release(index_map)
