@@ -3,6 +3,8 @@
 BERTScore: Zhang et al., ICLR 2020, https://arxiv.org/abs/1904.09675.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import islice
@@ -118,12 +120,16 @@ class BERTScoreEvaluator:
 
     @property
     def hash(self) -> str:
-        """bert_score's own description of the settings; scores are comparable only where it is equal."""
+        """bert_score's own description of the settings, and a digest of the texts that the baseline is made of; scores
+        are comparable only where it is equal."""
         from bert_score.utils import get_hash
 
         shipped = self._shipped_baseline.is_file()
         rescaled = shipped or bool(self._baseline_texts)
-        return get_hash(self.encoder_id.name, self.encoder_id.num_layers, False, rescaled, not shipped, False)
+        settings = get_hash(self.encoder_id.name, self.encoder_id.num_layers, False, rescaled, not shipped, False)
+        if shipped or not rescaled:
+            return settings
+        return f"{settings}-{hashlib.sha256(json.dumps(self._baseline_texts).encode()).hexdigest()[:8]}"
 
     @cached_property
     def encoder_id(self) -> EncoderId:

@@ -234,7 +234,7 @@ def _write_embeddings(
         for start in range(done, len(texts), size):
             rows = np.asarray(embed([texts[row] for row in order[start : start + size]]), np.float32)
             assert rows.ndim == 2 and len(rows) == min(size, len(texts) - start), (rows.shape, start, len(texts))
-            records.check_rows(rows, start)
+            records.check_rows(rows, range(start, start + len(rows)))
             target = path.with_name(f".{name}.{key}.{rows.shape[1]}.partial")
             if partial not in (None, target):
                 raise ValueError(f"{partial} holds rows of another size than {rows.shape[1]}; delete it")

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from elmlib.config import SummaryTrainingConfig
 from elmlib.layout import SplitPaths, find_split
 from elmlib.prompts import IGNORE_INDEX, OPENING_TEMPLATE, PromptIds, prompt_ids
-from elmlib.records import TENSOR, EmbeddingFile, Record, read_records
+from elmlib.records import TENSOR, EmbeddingFile, Record, check_rows, read_records
+
+_HASHED = 4096  # rows read at a time
 
 
 class Batch(NamedTuple):
@@ -77,7 +79,7 @@ class Split(Dataset[int]):
     too_long: int
     """Rows left out because they exceed max_seq_length."""
     fingerprint: str
-    """Hash of the records file and of the embeddings' shape and ends: runs on equal data have it equal."""
+    """Hash of the records file and of all embeddings: runs on equal data have it equal."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -199,6 +201,13 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Spl
         raise ValueError(f"{paths.records}: all {len(records)} rows exceed max_seq_length {config.max_seq_length}")
     with safe_open(str(paths.embeddings), framework="pt") as tensors:
         embeddings = tensors.get_tensor(TENSOR)
+    used = sorted({record.embedding_index for record, _ in kept})
+    for start in range(0, len(used), _HASHED):
+        rows = used[start : start + _HASHED]
+        try:
+            check_rows(embeddings[rows].float().numpy(), rows)
+        except ValueError as error:
+            raise ValueError(f"{paths.embeddings}: {error}") from error
     numbers: dict[str, int] = {}
     loaded = Split(
         records=[record for record, _ in kept],
@@ -232,7 +241,8 @@ def _fingerprint(paths: SplitPaths) -> str:
         digest = hashlib.file_digest(file, "sha256")
     with EmbeddingFile(paths.embeddings) as embeddings:
         digest.update(json.dumps([embeddings.num_rows, embeddings.dim, embeddings.dtype]).encode())
-        digest.update(embeddings.raw(0, 1) + embeddings.raw(embeddings.num_rows - 1, embeddings.num_rows))
+        for start in range(0, embeddings.num_rows, _HASHED):
+            digest.update(embeddings.raw(start, min(start + _HASHED, embeddings.num_rows)))
     return digest.hexdigest()[:16]
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 512
 """Longest text of a tokenizer that names no limit of its own, DeBERTa's for one."""
 
+_VERSION = 2  # of the code that encodes: raise it where the values change
 _FILE = "encodings.safetensors"
 
 
@@ -121,7 +122,7 @@ def encode_once(texts: Iterable[str], encoder: Encoder) -> dict[str, Encoding]:
         return {}
     # Five digits: the last ones of a sum depend on the number of threads.
     weights = [f"{name} {p.abs().mean().item():.4e}" for name, p in encoder.model.named_parameters()]
-    parts = [ordered, encoder.batch_size, encoder.device.type, encoder.model.config.to_json_string(), weights]
+    parts = [_VERSION, ordered, encoder.batch_size, encoder.device.type, encoder.model.config.to_json_string(), weights]
     digest = hashlib.sha256(json.dumps([*parts, encoder.tokenizer(ordered).input_ids]).encode())
     folder = cache_folder() / "bertscore" / digest.hexdigest()[:24]
     build_once(folder, lambda place: _write(place / _FILE, encode(ordered, encoder), ordered))

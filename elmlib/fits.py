@@ -18,6 +18,7 @@ from elmlib.ridge import LinearMap, Moments, NormalEquations, Ridge, fit_ridge, 
 
 logger = logging.getLogger(__name__)
 
+_VERSION = 2  # of the code that computes the fits: raise it where their values change
 _FILE = "fits.safetensors"
 _RIDGES = ("to_tokens", "to_embedding")
 
@@ -86,6 +87,9 @@ def _write(path: Path, fits: Fits) -> None:
             *ridge.outputs,
         )
         tensors |= {f"{name}.{number}": part for number, part in enumerate(parts)}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"the fit {name} is not finite; look for bad vectors with `elm filter`")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -105,6 +109,7 @@ def _read(path: Path, device: torch.device) -> Fits:
 
 def _key(train: Split, val: Split, table: Tensor) -> str:
     """Hash of all that the fits depend on: vectors, answers, and the LLM's token embeddings."""
-    digest = hashlib.sha256(json.dumps([train.digest(), val.digest(), str(table.dtype), table.shape]).encode())
+    about = [_VERSION, train.digest(), val.digest(), str(table.dtype), table.shape]
+    digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(table.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:24]

@@ -53,16 +53,25 @@ class Elm:
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._set_checkpointing(use_gradient_checkpointing)
+
+    def _set_checkpointing(self, use_gradient_checkpointing: bool) -> None:
         # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
         self._share_prefix = not use_gradient_checkpointing
         if use_gradient_checkpointing:
-            llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            self.llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        elif self.llm.is_activation_checkpointing:
+            self.llm.activation_checkpointing_disable()
 
     def with_adapter(self, adapter: EmbeddingAdapter) -> "Elm":
         """The same LLM and cached prompts with another adapter."""
         other = copy.copy(self)
         other.adapter = adapter
         return other
+
+    def configured(self, adapter: EmbeddingAdapter, use_gradient_checkpointing: bool, place: SoftTokenPlace) -> "Elm":
+        """The same LLM with an adapter and all settings of another run."""
+        return Elm(self.llm, self.tokenizer, adapter, use_gradient_checkpointing, place)
 
     def __call__(self, batch: Batch) -> Reading:
         """Teacher forcing: the answer positions alone, given the embeddings and the answer so far."""

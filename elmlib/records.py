@@ -6,7 +6,7 @@ Formats: https://jsonlines.org and https://huggingface.co/docs/safetensors (8-by
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,11 +185,11 @@ def decode_rows(raw: bytes, dtype: str, dim: int) -> np.ndarray:
     return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, dim)
 
 
-def check_rows(rows: np.ndarray, first: int) -> None:
-    """Raise ValueError, with the row number counted from `first`, for a vector that is not finite or all zero."""
+def check_rows(rows: np.ndarray, numbers: Sequence[int]) -> None:
+    """Raise ValueError, with the row's number out of `numbers`, for a vector that is not finite or all zero."""
     for bad, reason in ((~np.isfinite(rows).all(axis=1), "NaN or infinite"), (~rows.any(axis=1), "all zero")):
         if bad.any():
-            raise ValueError(f"row {first + int(bad.argmax())} is {reason}; expected a finite vector that is not zero")
+            raise ValueError(f"row {numbers[int(bad.argmax())]} is {reason}; expected a finite vector that is not zero")
 
 
 def write_embeddings(

@@ -137,7 +137,7 @@ def _reason(line: bytes, vectors: EmbeddingFile) -> str:
         return str(error).removeprefix(": ")
     row = values["embedding_index"]
     try:
-        records.check_rows(vectors.rows(row, row + 1), row)
+        records.check_rows(vectors.rows(row, row + 1), [row])
     except ValueError as error:
         return f"{vectors.path}: {error}"
     raise AssertionError(f"a good record was refused: {line!r}")

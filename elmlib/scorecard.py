@@ -222,7 +222,7 @@ def _with_trained(bench: Workbench, file: AdapterFile, device: "torch.device") -
 def _sample(bench: Workbench, config: SummaryTrainingConfig, split_name: str, samples: int) -> tuple[Split, list[int]]:
     split = {"train": bench.train, "val": bench.val}.get(split_name)
     split = split or load_split(config, split_name, bench.elm.tokenizer)
-    return split, split.subset(samples or len(split), config.seed)
+    return split, split.subset(samples or len(split), config.eval_seed)
 
 
 def _score(systems: Sequence[System], bench: Workbench, split: Split, rows: Sequence[int]) -> Scorecard:

@@ -114,6 +114,6 @@ def _key(elm: Elm, split: Split, config: SummaryTrainingConfig) -> str:
     weights = [f"{name} {p.dtype} {p.float().abs().mean().item():.4e}" for name, p in elm.llm.named_parameters()]
     prompts = {id(prompt): prompt for prompt in split.prompts}
     settings = [config.teacher_top_k, config.teacher_text_tokens, elm.llm.config.to_json_string(), weights]
-    digest = hashlib.sha256(json.dumps([settings, list(prompts.values()), split.digest()]).encode())
+    digest = hashlib.sha256(json.dumps([2, settings, list(prompts.values()), split.digest()]).encode())
     digest.update(elm.tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()[:24]

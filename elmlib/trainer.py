@@ -166,7 +166,7 @@ class _Run:
                 self.state = replace(self.state, stopped=self.stop())
             epoch_ends = self.state.window == self.windows_per_epoch[self.state.epoch]
             ends = epoch_ends or self._is_out_of_time()
-            if ends or (self._is_eval_due() and not self.state.stopped):
+            if ends or self._is_eval_due():  # of a stopped run too: a resumed one does not come back to this step
                 self._evaluate(epoch_ends)
             if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
                 self._save()
@@ -260,7 +260,8 @@ class _Run:
             if values["bertscore_composite"] > state.best_composite:
                 self._keep_best(result)
                 state = replace(
-                    state, best_composite=values["bertscore_composite"], best_step=state.step, improved=True,
+                    state, best_composite=values["bertscore_composite"], best_step=state.step,
+                    improved=state.step > 0,  # the evaluation before the first step is of no epoch
                     best_values=tuple(values.items()),
                 )  # fmt: skip
         if epoch_ends:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_LOADED = (
+    *("summary_data_path", "summary_only", "max_seq_length", "train_rows", "llm_model_name", "embedding_model_name"),
+    *("embedding_dim", "use_bf16", "bertscore_model", "bertscore_batch_size", "evaluation_device", "eval_seed"),
+)
+"""Settings that decide which models and data are loaded; a workbench serves runs that have them equal."""
+
+
 @dataclass(frozen=True)
 class Workbench:
     """All that is frozen or fixed: what several runs on the same data and models can share."""
@@ -40,6 +47,9 @@ class Workbench:
     embedder: "SentenceTransformer"
     embed: Callable[[list[str]], np.ndarray]
     """Texts -> vectors, in the space of the source embeddings."""
+
+    config: SummaryTrainingConfig
+    """The settings that models, data and fits were loaded by."""
 
     known_references: dict[int, np.ndarray] = field(default_factory=dict)
     """Re-embedded targets of validation rows, each embedded once; every evaluation asks for the same ones."""
@@ -61,7 +71,16 @@ class Workbench:
         return replace(self, elm=self.elm.with_adapter(adapter))
 
     def fresh(self, config: SummaryTrainingConfig) -> "Workbench":
-        """The same models and data with an adapter, warm or at random, and losses as `config` has them."""
+        """The same models and data with an adapter, warm or at random, and losses as `config` has them.
+
+        Raises ValueError where `config` asks for other models or data than these.
+        """
+        for name in _LOADED:
+            if getattr(config, name) != getattr(self.config, name):
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r}, but the models and data were loaded with "
+                    f"{getattr(self.config, name)!r}; load them for these settings"
+                )
         table = self.elm.table
         adapter = make_adapter(config, table).to(table.device)
         adapter.standardise(self.fits.mean, self.fits.std)
@@ -76,7 +95,8 @@ class Workbench:
         else:
             drift = DriftReadout(table, self.fits.idf, self.fits.to_embedding.map)
         teacher = load_teacher(self.elm, self.train, config) if config.use_teacher_kl else None
-        return replace(self.with_adapter(adapter), drift=drift, teacher=teacher)
+        elm = self.elm.configured(adapter, config.use_gradient_checkpointing, config.soft_token_place)
+        return replace(self, elm=elm, drift=drift, teacher=teacher, config=config)
 
     def opening(self, config: SummaryTrainingConfig) -> "Workbench":
         """The same workbench for the paraphrase stage: each text's own beginning is its training target."""
@@ -112,5 +132,6 @@ def prepare(config: SummaryTrainingConfig, device: torch.device) -> Workbench:
         evaluator=create_evaluator(config, references, evaluation_device),
         embedder=embedder,
         embed=lambda texts: encode(embedder, texts, config.batch_size),
+        config=config,
     )
     return bench.fresh(config)

@@ -173,10 +173,11 @@ def test_the_baseline_of_texts_puts_unrelated_texts_at_zero():
         assert metrics[f"bertscore_{name}_rescaled"] == pytest.approx(0, abs=0.02)
         empty = evaluator.evaluate_batch([""], REFERENCES[:1], return_detailed=True)
         assert empty[f"bertscore_{name}_rescaled"] == pytest.approx(-base / (1 - base))
-    assert evaluator.hash.startswith("all-minilm-l6-v2_L6_no-idf_version=") and evaluator.hash.endswith(
-        "-custom-rescaled"
-    )
-    assert BERTScoreEvaluator().hash == evaluator.hash.removesuffix("-custom-rescaled")
+    assert evaluator.hash.startswith("all-minilm-l6-v2_L6_no-idf_version=")
+    plain, digest = evaluator.hash.split("-custom-rescaled-")
+    assert BERTScoreEvaluator().hash == plain and len(digest) == 8
+    other = BERTScoreEvaluator(device="cpu", baseline_texts=texts[1:])  # another baseline, so another hash
+    assert other.hash.startswith(f"{plain}-custom-rescaled-") and other.hash != evaluator.hash
     again = BERTScoreEvaluator(device="cpu", batch_size=64, baseline_texts=texts)
     np.testing.assert_array_equal(again.baseline, evaluator.baseline)
 

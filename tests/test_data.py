@@ -97,7 +97,18 @@ def test_the_fingerprint_tells_data_apart(tokenizer, tmp_path):
 
     first = fingerprint("One.", VECTORS)
     assert fingerprint("One.", VECTORS.clone()) == first
-    assert len({first, fingerprint("Two.", VECTORS), fingerprint("One.", VECTORS + 1)}) == 3
+    middle_rows_swapped = VECTORS[[0, 2, 1, *range(3, len(VECTORS))]]
+    others = [fingerprint("One.", vectors) for vectors in (VECTORS + 1, middle_rows_swapped)]
+    assert len({first, fingerprint("Two.", VECTORS), *others}) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_vector_that_is_not_finite_or_zero_is_refused_by_its_row(tokenizer, tmp_path, value):
+    vectors = VECTORS.clone()
+    vectors[2] = value
+    with pytest.raises(ValueError, match=r"train_embeddings.safetensors: row 2 is"):
+        load_split(write(tmp_path, [record(0, "One."), record(2, "Two.")], vectors), "train", tokenizer)
+    load_split(write(tmp_path, [record(0, "One.")], vectors), "train", tokenizer)  # no record points to it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -264,6 +264,19 @@ def test_a_constant_adapter_scores_as_the_mean_embedding(tiny_config: SummaryTra
     assert card[SHUFFLED].p_value == 1.0
 
 
+def test_reports_of_two_training_seeds_are_of_the_same_texts(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    data = tiny_config.summary_data_path
+    small = replace(tiny_config, max_epochs=1, max_train_seconds=0.1, seed=1)
+    first = train(small).best
+    second = train(replace(small, seed=2, checkpoint_dir=str(tmp_path / "second"))).best
+    written = [
+        score_checkpoint(path, data, "test", 8, None, CPU)["first sentence"].predictions for path in (first, second)
+    ]
+    assert written[0] == written[1]
+
+
 def test_adapters_stand_beside_each_other_as_they_stand_alone(
     tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:

@@ -292,6 +292,60 @@ def test_a_borrowed_bench_gives_the_same_bytes_and_keeps_its_own_adapter(
     assert torch.equal(bench.elm.adapter.linear.weight, before)
 
 
+@pytest.mark.parametrize("change", [{"soft_token_place": "text"}, {"use_gradient_checkpointing": True}])
+def test_a_borrowed_bench_takes_every_setting(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, change: dict[str, object]
+) -> None:
+    bench = prepare(tiny_config, torch.device("cpu"))
+    config = replace(tiny_config, max_epochs=1, **change)
+    borrowed = train(config, bench=bench)
+    own = train(replace(config, checkpoint_dir=str(tmp_path / "own")))
+    assert borrowed.last.read_bytes() == own.last.read_bytes()
+    assert borrowed.metrics["val_nll"] == own.metrics["val_nll"]
+    back = train(replace(tiny_config, max_epochs=1, checkpoint_dir=str(tmp_path / "back")), bench=bench)
+    assert back.metrics["val_nll"] != own.metrics["val_nll"] or "use_gradient_checkpointing" in change
+
+
+@pytest.mark.parametrize("name", ["llm_model_name", "embedding_model_name", "summary_data_path", "bertscore_model"])
+def test_a_borrowed_bench_of_other_models_or_data_is_refused(tiny_config: SummaryTrainingConfig, name: str) -> None:
+    bench = prepare(tiny_config, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"{name} is 'another', but .* were loaded with"):
+        train(replace(tiny_config, **{name: "another"}), bench=bench)
+
+
+def test_a_stop_at_a_due_evaluation_loses_none(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    def evaluated(folder: str) -> list[Row]:
+        return [row for row in read_metrics(Path(folder) / "metrics.jsonl") if row.kind == "eval"]
+
+    whole = train(tiny_config)
+    stopped = replace(tiny_config, checkpoint_dir=str(tmp_path / "stopped"))
+
+    class Watch:
+        step = 0
+
+        def log(self, row: Row) -> None:
+            self.step = row.step
+
+        def close(self) -> None:
+            pass
+
+    watch = Watch()
+    train(stopped, [watch], stop=lambda: "by hand" if watch.step >= 6 else "")  # an evaluation is due at step 6
+    assert evaluated(stopped.checkpoint_dir)[-1].step == 6
+    resumed = train(replace(stopped, resume_from="latest"))
+    assert evaluated(stopped.checkpoint_dir) == evaluated(tiny_config.checkpoint_dir)
+    assert resumed.best.read_bytes() == whole.best.read_bytes()
+    assert resumed.last.read_bytes() == whole.last.read_bytes()
+
+
+def test_the_evaluation_before_the_first_step_is_no_improvement_of_epoch_1(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations([1.0] * 9, [0.5] + [0.4] * 8, monkeypatch)
+    result = train(replace(tiny_config, max_epochs=9, eval_interval=1000, early_stopping_patience=2))
+    assert result.metrics["steps"] == 24 and result.metrics["best_step"] == 0
+
+
 def test_predictions_carry_their_scores(tiny_config: SummaryTrainingConfig) -> None:
     result = train(replace(tiny_config, max_epochs=1, eval_nll_samples=2))
     lines = [json.loads(line) for line in (result.best.parent / "predictions.jsonl").read_text().splitlines()]
