@@ -1,6 +1,7 @@
-"""The `elm` command: a sub-command a stage, flags made from a config dataclass, help from its docstrings."""
+"""The `elm` command: one table of commands. Flags and help come from each command's settings class."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 import warnings
@@ -11,97 +12,191 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from elmlib import actions, benchmark_commands, commands, study_commands
-from elmlib.config import SummaryTrainingConfig, read_settings
-from elmlib.settings import PRESETS, as_flags, base_config, take
+from elmlib.config import (
+    PRESETS,
+    CorpusConfig,
+    DashboardConfig,
+    EvaluateConfig,
+    FilterConfig,
+    GenerateConfig,
+    PlanConfig,
+    ReportConfig,
+    StudyConfig,
+    SummaryTrainingConfig,
+    base_config,
+    check_settings,
+    preset_settings,
+    read_settings,
+)
 
 logger = logging.getLogger("elmlib")
 
+EXIT_CODES = (
+    "0 done, 1 bad input or a missing file, 2 a wrong flag, 3 training or the study failed, 130 interrupted and saved"
+)
 
-EXIT_CODES = "0 done, 1 bad input or a missing file, 2 a wrong flag, 3 training or workers broke down, 130 interrupted"
+
+def corpus(config: CorpusConfig) -> None:
+    """Make a multi-task corpus with embeddings from docstrings, a JSONL file or a Hugging Face dataset."""
+    from elmlib.data import build_corpus
+    from elmlib.models import default_device, encode, load_embedder
+
+    embedder = load_embedder(config.embedding_model_name, default_device())
+    report = build_corpus(config, lambda texts: encode(embedder, texts, config.embedding_batch_size))
+    print(f"{report.to_frame().to_string()}\n{report.summary()}")
+
+
+def filter_(config: FilterConfig) -> None:
+    """Keep one task of a corpus and its embeddings, and check that no source is in two splits."""
+    from elmlib.data import filter_corpus
+
+    report = filter_corpus(config)
+    print("\n".join([report.to_frame().to_string(), *(f"leak: {leak}" for leak in report.leaks or ("none",))]))
+
+
+def train(config: SummaryTrainingConfig) -> None:
+    """Train an adapter; --config FILE or --resume-from CHECKPOINT gives the settings, flags beside it win."""
+    from accelerate import PartialState
+
+    from elmlib.evaluation import score_frame
+    from elmlib.plots import draw_curves
+    from elmlib.training import train
+
+    result = train(config)
+    if PartialState().is_main_process:  # one of several processes prints
+        curves = result.best.with_name("curves.png")
+        draw_curves(curves.parent).savefig(curves, dpi=120)
+        print(f"{score_frame(result.metrics).to_string(na_rep='')}\nbest adapter: {result.best}\ncurves: {curves}")
+    if result.stopped == "interrupted":
+        raise KeyboardInterrupt
+
+
+def generate(config: GenerateConfig) -> None:
+    """Write a summary for every record of a split, or for every row of a file of embeddings."""
+    from elmlib.inference import generate_file
+
+    count = generate_file(
+        config.checkpoint, config.input, config.output, config.embeddings, config.batch_size,
+        config.max_new_tokens or None, sampling=_sampling(config),
+    )  # fmt: skip
+    print(f"{count} summaries written to {config.output}")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score predictions against their references with BERTScore, beside the same predictions shuffled."""
+    from elmlib.data import write_json
+    from elmlib.evaluation import BERTScoreEvaluator, score_frame, score_texts
+    from elmlib.inference import read_pairs
+    from elmlib.models import default_device
+
+    pairs = read_pairs(config.predictions, config.references)
+    evaluator = BERTScoreEvaluator(
+        config.bertscore_model, config.bertscore_batch_size, default_device(), pairs.references
+    )
+    result = score_texts(evaluator, *pairs, config.seed) | {"bertscore_hash": evaluator.hash}
+    print(f"{score_frame(result).to_string(na_rep='')}\nBERTScore settings: {evaluator.hash}")
+    if config.output:
+        write_json(config.output, result)
+
+
+def report(config: ReportConfig) -> None:
+    """Compare an adapter with its baselines, from shuffled embeddings to the LLM that reads the text."""
+    from elmlib.evaluation import score_checkpoint
+    from elmlib.models import default_device
+    from elmlib.plots import draw_report
+
+    card = score_checkpoint(
+        config.checkpoint, config.data_dir, config.split, config.samples, _sampling(config), default_device()
+    )
+    print(card.display_frame().to_string(na_rep=""))
+    if config.output:
+        card.write_csv(config.output)
+        picture, texts = config.output.with_suffix(".png"), config.output.with_name(f"{config.output.stem}_texts.jsonl")
+        draw_report(config.output).savefig(picture, dpi=120)
+        card.write_texts(texts)
+        print(f"table: {config.output}\npicture: {picture}\nsummaries of every system: {texts}")
+
+
+def study(config: StudyConfig) -> None:
+    """Search hyperparameters, or train a grid of variants; each trial is an executed notebook, and a study resumes."""
+    from elmlib.study import results_frame, run_study, submit_launchers
+
+    if config.slurm:
+        jobs = submit_launchers(config)
+        print(f"launchers submitted: {', '.join(jobs)}\nwatch them: elm dashboard --study-name {config.study_name}")
+        return
+    done = run_study(config)
+    print(f"{results_frame(done).to_string(na_rep='')}\nresults: {config.results_dir or config.folder}")
+
+
+def dashboard(config: DashboardConfig) -> None:
+    """Watch a study in a browser, with each trial's curves, summaries and notebook."""
+    from elmlib.study import serve_dashboard
+
+    print(f"http://127.0.0.1:{config.port}/dashboard  (Ctrl-C ends it)", flush=True)
+    serve_dashboard(config)
+
+
+def plan(config: PlanConfig) -> None:
+    """Estimate the memory of a training step from the LLM's config alone, and the batch sizes that fit each card."""
+    from elmlib.models import plan_training
+
+    estimate = plan_training(config)
+    print(f"{estimate.summary()}\n\n{estimate.to_frame().to_string()}\n\n{estimate.fits_frame().to_string()}")
 
 
 class Command(NamedTuple):
-    """A sub-command: its settings, what it does, and examples."""
+    """A sub-command: its settings, its function, whose docstring is the help, and examples."""
 
     config: type[Any]
     run: Callable[[Any], None]
     examples: tuple[str, ...]
-    writes_much: bool = False
-    """Takes --dry-run."""
 
 
 COMMANDS = {
     "corpus": Command(
-        commands.CorpusConfig, actions.corpus,
+        CorpusConfig, corpus,
         ("elm corpus --limit 6000", "elm corpus --source texts.jsonl --text-field body --summary-field abstract"),
-        writes_much=True,
     ),
-    "filter": Command(
-        commands.FilterConfig, actions.filter_,
-        ("elm filter --input-dir data/synthesis --dry-run", "elm filter --skip-bad"), writes_much=True,
-    ),
+    "filter": Command(FilterConfig, filter_, ("elm filter --input-dir data/synthesis", "elm filter --skip-bad")),
     "train": Command(
-        SummaryTrainingConfig, actions.train,
+        SummaryTrainingConfig, train,
         (
             "elm train --data-dir data/summary_filtered --epochs 2",
             "elm train --preset qwen3-4b --evaluation-device cpu --gradient-checkpointing",
             "elm train --config settings.yaml --resume-from latest",
+            "elm train --dry-run",
         ),
-        writes_much=True,
     ),
     "generate": Command(
-        commands.GenerateConfig, actions.generate,
+        GenerateConfig, generate,
         (
             "elm generate --checkpoint data/checkpoints/best_summary_model.safetensors "
             "--input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl",
-            "elm generate --checkpoint a.safetensors --input vectors.safetensors --output said.jsonl --candidates 8",
+            "elm generate --checkpoint a.safetensors --input vectors.safetensors --output out.jsonl --candidates 8",
         ),
-        writes_much=True,
     ),
     "evaluate": Command(
-        commands.EvaluateConfig, actions.evaluate,
+        EvaluateConfig, evaluate,
         (
             "elm evaluate --predictions results/predictions.jsonl "
             "--references data/summary_filtered/test_synthesis.jsonl",
         ),
     ),
     "report": Command(
-        commands.ReportConfig, actions.report,
+        ReportConfig, report,
         ("elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8",),
     ),
-    "ablate": Command(
-        commands.AblateConfig, actions.ablate,
-        ("elm ablate --train-seconds 150 --seeds 3", 'elm ablate --only defaults "random start"'), writes_much=True,
-    ),
     "study": Command(
-        study_commands.StudyConfig, actions.study,
+        StudyConfig, study,
         (
             "elm study --trials 50 --jobs 2 --timeout 24",
-            "elm study --storage sqlite:///optimization.db --preset qwen3-4b --trials 100",
+            "elm study --grid ablation.yaml --seeds 3",
             "elm study --slurm --jobs 64 --slurm-partition gpu --trials 2000",
         ),
-        writes_much=True,
     ),
-    "dashboard": Command(study_commands.DashboardConfig, actions.dashboard, ("elm dashboard --port 8081",)),
-    "reap": Command(study_commands.ReapConfig, actions.reap, ("elm reap --study-name overnight",)),
-    "plan": Command(
-        benchmark_commands.PlanConfig, actions.plan,
-        (
-            "elm plan --llm-model Qwen/Qwen3-4B-Instruct-2507 --batch-size 8 --gpu-memory 16GiB",
-            "elm plan --preset qwen3-4b --evaluation-device cpu",
-        ),
-    ),
-    "benchmark": Command(
-        benchmark_commands.BenchmarkConfig, actions.benchmark,
-        ("elm benchmark --data-dir papermill_runs/demo/data/summary_filtered", "elm benchmark --only steps memory"),
-        writes_much=True,
-    ),
-    "demo": Command(commands.DemoConfig, actions.demo, ("elm demo", "elm demo --limit 600 --epochs 1"), True),
-    "study-demo": Command(
-        study_commands.StudyDemoConfig, actions.study_demo, ("elm study-demo --trials 6",), writes_much=True
-    ),
-    "tour": Command(commands.TourConfig, actions.tour, ("elm tour",), writes_much=True),
+    "dashboard": Command(DashboardConfig, dashboard, ("elm dashboard --port 8081",)),
+    "plan": Command(PlanConfig, plan, ("elm plan --preset qwen3-4b --evaluation-device cpu --gpu-memory 16GiB",)),
 }  # fmt: skip
 
 
@@ -110,36 +205,66 @@ class Call(NamedTuple):
 
     command: Command
     config: Any
-    dry: bool
-    """Tell what would be done, and do nothing."""
+    is_dry: bool
+    """Print settings and step count of a training run, and do nothing."""
 
 
 def parse(arguments: Sequence[str]) -> Call:
     """The sub-command and its checked settings; exits with 2 for a wrong flag, and with 0 after `--help`."""
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
-        asked = name in ("-h", "--help")
-        print(_overview() if asked or not name else f"elm: no command {name!r}; there are {', '.join(COMMANDS)}")
-        sys.exit(0 if asked else 2)
-    command, rest = COMMANDS[name], list(arguments[1:])
-    default = None
+        is_help = name in ("-h", "--help")
+        print(_overview() if is_help or not name else f"elm: no command {name!r}; there are {', '.join(COMMANDS)}")
+        sys.exit(0 if is_help else 2)
+    command = COMMANDS[name]
+    default, rest = _default(command, list(arguments[1:]))
+    is_dry = name == "train" and "--dry-run" in rest
+    rest = [argument for argument in rest if not is_dry or argument != "--dry-run"]
+    help_text = "\n".join(
+        [str(command.run.__doc__), "", "Examples:", *(f"  {example}" for example in command.examples), ""]
+        + ["--config FILE (JSON or YAML) and --preset NAME give settings; flags beside them win."]
+        + (["--dry-run prints the settings and the number of steps, and does nothing."] if name == "train" else [])
+        + [f"Exit codes: {EXIT_CODES}."]
+    )
+    config = tyro.cli(command.config, args=rest, prog=f"elm {name}", description=help_text, default=default)
+    return Call(command, config, is_dry)
+
+
+def _default(command: Command, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The settings where no flag is given, and the arguments without --config and --preset."""
+    known, rest = _split_off(arguments, "--config", "--preset")
+    path = Path(known.config) if known.config else None
     if command.config is SummaryTrainingConfig:
-        default, rest = _base_settings(rest)
-    elif "config" not in command.config.__dataclass_fields__:  # a setting of its own, of that name, is a file already
-        rest = _file_settings(command, rest)
-    dry = command.writes_much and "--dry-run" in rest
-    rest = [argument for argument in rest if not dry or argument != "--dry-run"]
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    config = tyro.cli(command.config, args=rest, prog=f"elm {name}", description=_about(command), **options)
-    return Call(command, config, dry)
+        return _training_default(known.preset or "", path, rest), rest
+    if "preset" in command.config.__dataclass_fields__ and known.preset:  # a setting of its own
+        rest, known.preset = [*rest, "--preset", known.preset], None
+    if path is None and not known.preset:
+        return tyro.MISSING_NONPROP, rest
+    values = preset_settings(known.preset, command.config) if known.preset else {}
+    values |= check_settings(command.config, read_settings(path), str(path)) if path else {}
+    fields = dataclasses.fields(command.config)
+    required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
+    try:
+        return command.config(**required | values), rest
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _about(command: Command) -> str:
-    lines = [str(command.run.__doc__), "", "Examples:", *(f"  {example}" for example in command.examples), ""]
-    lines.append("--config FILE (JSON or YAML) and --preset NAME give settings; flags beside them win.")
-    if command.writes_much:
-        lines.append("--dry-run says what would be read and written, and does nothing.")
-    return "\n".join([*lines, f"Exit codes: {EXIT_CODES}."])
+def _training_default(preset: str, path: Path | None, arguments: list[str]) -> Any:
+    """The defaults, the settings of the preset or the file, or those of the run that is resumed."""
+    if preset or path:
+        return base_config(preset, path)
+    known, _ = _split_off(arguments, "--resume-from", "--checkpoint-dir")
+    if known.resume_from:
+        from elmlib.models import load_adapter
+        from elmlib.training import find_checkpoint
+
+        config = SummaryTrainingConfig(resume_from=known.resume_from)
+        checkpoint = find_checkpoint(replace(config, checkpoint_dir=known.checkpoint_dir or config.checkpoint_dir))
+        if checkpoint:
+            folder = known.checkpoint_dir or str(checkpoint.parent)
+            return replace(load_adapter(checkpoint).config, checkpoint_dir=folder)
+    return SummaryTrainingConfig()
 
 
 def _split_off(arguments: list[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
@@ -149,45 +274,31 @@ def _split_off(arguments: list[str], *flags: str) -> tuple[argparse.Namespace, l
     return parser.parse_known_args(arguments)
 
 
-def _file_settings(command: Command, arguments: list[str]) -> list[str]:
-    """The arguments with what --preset and --config stand for before them, where later flags win."""
-    known, rest = _split_off(arguments, "--config", "--preset")
-    flags: list[str] = []
-    if known.preset:
-        flags += as_flags(take(known.preset, command.config), command.config, known.preset)
-    if known.config:
-        flags += as_flags(read_settings(Path(known.config)), command.config, known.config)
-    return flags + rest
+def _dry_run(config: SummaryTrainingConfig) -> str:
+    from elmlib.data import find_split, read_lines
+
+    count = sum(1 for _ in read_lines(find_split(Path(config.summary_data_path), "train").records))
+    rows = min(count, config.train_rows or count)
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = -(-rows // per_step) * config.max_epochs
+    return f"{config.to_json()}{rows:,} training rows, about {steps:,} steps of {per_step} rows; nothing is written"
 
 
-def _base_settings(arguments: list[str]) -> tuple[SummaryTrainingConfig | None, list[str]]:
-    """What flags left unsaid means for `elm train`: a settings file, or the run that is resumed."""
-    known, rest = _split_off(arguments, "--config", "--preset")
-    if known.config or known.preset:
-        return base_config(known.preset or "", Path(known.config) if known.config else None), rest
-    known, _ = _split_off(arguments, "--resume-from", "--checkpoint-dir")
-    if known.resume_from:
-        from elmlib.checkpoint import find_checkpoint, load_adapter
+def _sampling(config: GenerateConfig | ReportConfig) -> Any:
+    from elmlib.models import Sampling
 
-        plain = SummaryTrainingConfig(resume_from=known.resume_from)
-        found = find_checkpoint(replace(plain, checkpoint_dir=known.checkpoint_dir or plain.checkpoint_dir))
-        if found:
-            folder = known.checkpoint_dir or str(found.parent)
-            return replace(load_adapter(found).config, checkpoint_dir=folder), arguments
-    return None, arguments
+    return Sampling(config.candidates, config.temperature, config.top_p) if config.candidates else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one sub-command; bad input becomes one line on standard error and an exit code."""
     try:
-        command, config, dry = parse(sys.argv[1:] if arguments is None else arguments)
+        command, config, is_dry = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
-        if dry:
-            from elmlib.foresight import foresee
-
-            print("\n".join(["dry run, nothing is written:", *foresee(config)]))
-            return
-        command.run(config)
+        if is_dry:
+            print(_dry_run(config))
+        else:
+            command.run(config)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(_fail(error, 1))
     except ModuleNotFoundError as error:
@@ -196,16 +307,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(ModuleNotFoundError(f"{error}; get it with: pip install -e '.[summary,notebooks]'"), 1))
     except RuntimeError as error:
         # By name: importing them would load torch for every command.
-        if type(error).__name__ not in ("UnstableTrainingError", "WorkersFailedError"):
+        if type(error).__name__ not in ("UnstableTrainingError", "StudyFailedError"):
             raise
         sys.exit(_fail(error, 3))
     except KeyboardInterrupt:
-        print("\nelm: interrupted; what was finished is kept", file=sys.stderr)
+        print("\nelm: interrupted; finished work is kept", file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(error: Exception, code: int) -> int:
-    logger.debug("where it happened", exc_info=error)
+    logger.debug("traceback:", exc_info=error)
     print(f"elm: error: {error}", file=sys.stderr)
     return code
 

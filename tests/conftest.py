@@ -11,17 +11,18 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from studies import ROOT, SPACE, STUB
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2Model,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -31,12 +32,10 @@ from transformers import (
 )
 
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
-from elmlib.layout import SPLITS
-from elmlib.pretrained import encode, load_embedder
-from elmlib.prompts import TASK_TEMPLATES
-from elmlib.records import Record, write_embeddings
-from elmlib.study_commands import StudyConfig
-from elmlib.trainer import train
+from elmlib.data.prompts import TASK_TEMPLATES
+from elmlib.data.records import SPLITS, Record, write_embeddings
+from elmlib.models.pretrained import encode, find, load_embedder
+from elmlib.training.trainer import train
 
 SUBJECTS = ("parser", "server", "tensor", "kernel", "socket", "buffer", "thread", "planet", "garden", "engine")
 VERBS = ("reads", "writes", "opens", "closes", "moves", "counts", "copies", "sorts", "paints", "measures")
@@ -128,6 +127,25 @@ def save_qwen_pair(folder: Path, dim: int) -> tuple[Path, Path]:
     return folder / "llm", folder / "embedder"
 
 
+def save_deberta(folder: Path) -> Path:
+    """A random two-layer DeBERTa-v2 in half precision, whose tokenizer names no longest text."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    DebertaV2Model(config).half().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER))
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A filtered corpus in the guide's layout: 96 / 24 / 24 rows of generated sentences with MiniLM vectors."""
@@ -182,34 +200,6 @@ def tiny_settings(llm: Path, data: Path, run: Path) -> SummaryTrainingConfig:
         save_interval=4,
         use_bf16=False,  # some machines multiply it natively and some do not: the figures are to be the same on both
     )
-
-
-@pytest.fixture
-def study_config(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> StudyConfig:
-    """A study of the tiny model."""
-    (tmp_path / "base.json").write_text(replace(tiny_config, use_text_drift_loss=False).to_json())
-    (tmp_path / "space.yaml").write_text(SPACE)
-    return StudyConfig(
-        study_name="tiny",
-        data_dir=tiny_config.summary_data_path,
-        checkpoint_dir=tmp_path / "runs",
-        trials=3,
-        eval_samples=8,
-        evals_per_epoch=2,
-        config=tmp_path / "base.json",
-        space=tmp_path / "space.yaml",
-        notebook=ROOT / "notebooks" / "02_train.ipynb",
-        heartbeat=2,
-    )
-
-
-@pytest.fixture
-def stub_config(study_config: StudyConfig, tmp_path: Path) -> StudyConfig:
-    """The same study with the stub in the place of the notebook."""
-    cells = [nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(STUB)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "stub.ipynb")
-    return replace(study_config, notebook=tmp_path / "stub.ipynb")
 
 
 @pytest.fixture(scope="session")

@@ -1,45 +1,19 @@
-"""Every command of the guide has its `elm` twin; bad input is one line and an exit code."""
+"""Flags and files become settings; bad input is one line and an exit code; every command runs."""
 
 import json
-import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from elmlib import cli
-from elmlib.ablation_plots import DEFAULTS
 from elmlib.config import SummaryTrainingConfig
-from elmlib.layout import find_split
-from elmlib.trainer import train
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-def readme_commands() -> list[list[str]]:
-    """The `elm ...` commands in the README's table of the guide, as argument lists."""
-    table = README.split("<!-- guide commands -->")[1]
-    return [match.split() for match in re.findall(r"`elm ([^`]+)`", table)]
-
-
-def test_the_readme_lists_the_guides_commands() -> None:
-    used = [command[0] for command in readme_commands()]
-    assert used.count("train") >= 13  # three in Training, ten in Troubleshooting
-    assert {"filter", "train", "generate", "evaluate"} <= set(used)
-
-
-@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
-def test_every_command_of_the_guide_parses(
-    arguments: list[str], tmp_path: Path, tiny_config: SummaryTrainingConfig
-) -> None:
-    if "--resume-from" in arguments:  # its settings come out of the checkpoint, so there has to be one
-        last = train(replace(tiny_config, max_epochs=1)).last
-        arguments = [str(last) if argument.endswith("step_1000.safetensors") else argument for argument in arguments]
-    command, config, _ = cli.parse(arguments)
-    assert command is cli.COMMANDS[arguments[0]]
-    assert isinstance(config, command.config)
+from elmlib.data.records import find_split
+from elmlib.training.trainer import train
 
 
 def test_flags_reach_the_config() -> None:
@@ -89,9 +63,8 @@ def test_resuming_takes_the_runs_own_settings(tiny_config: SummaryTrainingConfig
             "top_p is 2.0; expected a number",
         ),
         (["report", "--checkpoint", "a", "--output", "b.png"], 2, "expected a CSV file"),
-        (["ablate", "--seeds", "0"], 2, "seeds is 0; expected a number from 1"),
-        (["ablate", "--only", "no loss"], 1, "no variant 'no loss'; there are 'defaults', "),
-        (["ablate", "--config", "no.json"], 1, "no.json"),
+        (["study", "--seeds", "0"], 2, "seeds is 0; expected a number from 1"),
+        (["study", "--config", "no.json"], 1, "no.json"),
         (["train", "--data-dir", "no/such/folder"], 1, "no train_synthesis.jsonl: looked at"),
         (["train", "--config", "no.json"], 1, "no.json"),
         (["filter", "--input-dir", "nowhere"], 1, "nowhere/train_synthesis.jsonl does not exist"),
@@ -128,23 +101,13 @@ def test_train_generate_and_evaluate_through_the_command(tiny_config: SummaryTra
     flags = ["--data-dir", tiny_config.summary_data_path, "--samples", "6", "--output", card]
     table = _elm("report", "--checkpoint", best, *flags)
     assert "chance, 1 of 24" in table and "top-1 of 24" in table and str(card.with_suffix(".png")) in table
-    assert card.read_text().startswith("system,") and card.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        card.read_text().startswith("system,")
+        and card.with_name("card_texts.jsonl").is_file()
+        and card.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    )
     assert best.with_name("curves.png").read_bytes().startswith(b"\x89PNG")
     assert find_split(Path(tiny_config.summary_data_path), "test").records.is_file()
-
-
-def test_ablate_prints_the_table_that_it_writes(
-    tiny_config: SummaryTrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings, folder = tmp_path / "s.json", tmp_path / "ablation"
-    settings.write_text(tiny_config.to_json())
-    flags = ["--data-dir", tiny_config.summary_data_path, "--output-dir", str(folder), "--config", str(settings)]
-    flags += ["--train-seconds", "0.05", "--seeds", "1", "--eval-samples", "2", "--only", DEFAULTS]
-    cli.main(["ablate", *flags])
-    printed = capsys.readouterr().out
-    assert (folder / "ablation.md").read_text() in printed and f"| {DEFAULTS} | 1 |" in printed
-    assert f"{folder}/ablation.*" in printed
-    assert {path.name for path in folder.glob("ablation.*")} == {"ablation.csv", "ablation.md", "ablation.png"}
 
 
 def _elm(*arguments: object) -> str:
@@ -160,10 +123,53 @@ def test_importing_torch_is_left_to_the_command_that_needs_it() -> None:
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "papermill", None)  # what importing a missing package looks like
+    monkeypatch.setitem(sys.modules, "optuna", None)  # what importing a missing package looks like
+    for name in [name for name in sys.modules if name.startswith("elmlib.study")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["demo", "--output-dir", str(tmp_path / "demo")])
+        cli.main(["study"])
     assert stopped.value.code == 1
-    assert "papermill" in capsys.readouterr().err
+    assert "optuna" in capsys.readouterr().err
+
+
+def test_help_lists_at_most_ten_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    commands = capsys.readouterr().out.split("commands")[1].split("examples")[0]
+    listed = [line.split()[0] for line in commands.splitlines() if line.startswith("  ")]
+    assert listed == list(cli.COMMANDS) and len(listed) <= 10
+
+
+def test_a_dry_run_of_train_prints_settings_and_steps_and_writes_nothing(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--data-dir", tiny_config.summary_data_path, "--checkpoint-dir", str(run), "--batch-size", "8"]
+    cli.main(["train", *flags, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "96 training rows, about 24 steps of 8 rows; nothing is written" in printed and '"batch_size": 8' in printed
+    assert not run.exists()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["filter", "--dry-run"])
+    assert stopped.value.code == 2
+
+
+def test_ctrl_c_saves_the_run_and_exits_with_130(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    settings = tmp_path / "s.json"
+    settings.write_text(replace(tiny_config, max_epochs=400, eval_interval=10_000, save_interval=10_000).to_json())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elmlib.cli", "train", "--config", str(settings)], stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path(tiny_config.checkpoint_dir) / "metrics.jsonl"
+    give_up = time.monotonic() + 60
+    while not metrics.is_file() or metrics.read_text().count('"step"') < 30:
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors
+    result = json.loads((metrics.parent / "result.json").read_text())
+    assert result["stopped"] == "interrupted"
+    assert (metrics.parent / f"adapter_step_{result['steps']}.safetensors").is_file()

@@ -1,0 +1,216 @@
+"""Texts become a multi-task corpus: records and embeddings in three splits that share no group, text or summary."""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from tqdm.auto import tqdm
+
+from elmlib.config import CorpusConfig
+from elmlib.data import records
+from elmlib.data.prompts import TASK_TEMPLATES
+from elmlib.data.records import SPLITS, Record, SplitPaths
+from elmlib.data.reports import CorpusReport, CorpusSplit
+from elmlib.data.sources import Pair, SourcePairs, dataset_pairs, dependencies, docstring_pairs, jsonl_pairs
+
+Embed = Callable[[list[str]], np.ndarray]
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_COPY_ROWS = 4096
+# The offline embedder reads 256 tokens: docstrings that differ later only could get one vector, and in two splits.
+_DOCSTRING_OPENING = 500
+
+
+def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> CorpusReport:
+    """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are.
+
+    `embed` turns texts into float32 rows. A stopped build resumes at the first batch that was not stored.
+    Raises FileNotFoundError or ValueError for a source that is absent or malformed; ValueError for a split that would
+    be empty and for an embedding that is not finite or all zero.
+    """
+    source = read_source(config, progress)
+    pairs, dropped = drop_duplicates(source.pairs, _DOCSTRING_OPENING if config.source == "docstrings" else None)
+    if 0 < config.limit < len(pairs):
+        pairs = random.Random(config.seed).sample(pairs, config.limit)
+    splits = split_pairs(pairs, config)
+    mark = fingerprint(splits)
+    metadata = {"embedding_model": config.embedding_model_name, "fingerprint": mark}
+    about = config.output_dir / "corpus.json"
+    names = {split: (f"{split}_synthesis.jsonl", f"{split}_embeddings.safetensors") for split in SPLITS}
+    paths = {it: SplitPaths(config.output_dir / n, config.output_embeddings_dir / m) for it, (n, m) in names.items()}
+    reused = tuple(split for split in SPLITS if _is_finished(about, paths[split], metadata))
+    counts = tuple(_count(split, splits[split]) for split in SPLITS)
+    report = CorpusReport(mark, len(source.pairs), dropped, source.skipped, counts, reused)
+
+    # Stale files go first and embeddings come last, so embeddings on disk always belong to the records beside them.
+    made = [split for split in SPLITS if split not in reused]
+    for split in made:
+        for path in paths[split]:
+            path.unlink(missing_ok=True)
+    _write_description(about, config, report)
+    for split in made:
+        _write_records(paths[split].records, splits[split])
+        _write_embeddings(paths[split].embeddings, [it.text for it in splits[split]], config, embed, metadata, progress)
+    for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
+        stale.unlink()
+    return report
+
+
+def read_source(config: CorpusConfig, progress: bool) -> SourcePairs:
+    """The pairs that `config.source` names. Raises FileNotFoundError or ValueError, saying what is wrong where."""
+    if config.source == "docstrings":
+        return docstring_pairs(progress)
+    is_jsonl = config.source.endswith(".jsonl") or Path(config.source).is_file()
+    return SourcePairs(jsonl_pairs(config) if is_jsonl else dataset_pairs(config), ())
+
+
+def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[list[Pair], int]:
+    """Pairs sorted by source_id, without repeated texts and summaries, and the number of what was dropped.
+
+    Case and white space are ignored. `opening`: compare only so many characters of the texts, None for all. A pair is
+    dropped with its text or with its last summary.
+    """
+    texts: set[str] = set()
+    summaries: set[str] = set()
+    kept: list[Pair] = []
+    dropped = 0
+    for pair in sorted(pairs):
+        text = _plain(pair.text)[:opening]
+        if text in texts:
+            dropped += 1
+            continue
+        own: dict[str, str] = {}
+        for summary in pair.summaries:
+            own.setdefault(_plain(summary), summary)
+        fresh = tuple(summary for key, summary in own.items() if key not in summaries)
+        dropped += len(pair.summaries) - len(fresh)
+        if fresh:
+            texts.add(text)
+            summaries.update(own)
+            kept.append(pair._replace(summaries=fresh))
+    return kept, dropped
+
+
+def _plain(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+def split_pairs(pairs: list[Pair], config: CorpusConfig) -> dict[str, list[Pair]]:
+    """Split by whole groups in seeded order: into val or test while a group fits into its share, else into train.
+
+    Raises ValueError where a split would be empty.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.group, []).append(pair)
+    names = sorted(groups)
+    random.Random(config.seed).shuffle(names)
+    share = {"val": round(config.val_fraction * len(pairs)), "test": round(config.test_fraction * len(pairs))}
+    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for name in names:
+        fitting = (split for split in share if len(splits[split]) + len(groups[name]) <= share[split])
+        splits[next(fitting, "train")] += groups[name]
+    if empty := " and ".join(split for split in SPLITS if not splits[split]):
+        found = f"{len(pairs)} pairs in {len(groups)} groups"
+        raise ValueError(f"no pairs for {empty}: {found}, of which at most {share}; expected more or smaller groups")
+    return {split: sorted(splits[split]) for split in SPLITS}
+
+
+def fingerprint(splits: dict[str, list[Pair]]) -> str:
+    """Hash of every pair, its split and the prompts: 16 hexadecimal digits."""
+    return _digest([TASK_TEMPLATES, *([split, *pair] for split in SPLITS for pair in splits[split])])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(orjson.dumps(values)).hexdigest()[:16]
+
+
+def pair_records(pair: Pair, row: int) -> Iterator[Record]:
+    """All records of a pair; they share embedding `row`.
+
+    temperature 0 and top_p 1: people wrote the targets, nothing was sampled. token_count counts words and punctuation
+    marks, because the LLM, and so its tokenizer, is chosen later.
+    """
+    for task, variation, target in _targets(pair):
+        count = len(_TOKEN.findall(target))
+        yield Record(task, TASK_TEMPLATES[task], row, target, variation, 0.0, 1.0, count, pair.source_id, pair.text)
+
+
+def _targets(pair: Pair) -> Iterator[tuple[str, int, str]]:
+    for variation, summary in enumerate(pair.summaries):
+        yield "summary", variation, summary
+    if pair.keywords:
+        yield "keywords", 0, ", ".join(pair.keywords)
+    if pair.category:
+        yield "category", 0, pair.category
+
+
+def _is_finished(about: Path, paths: SplitPaths, metadata: dict[str, str]) -> bool:
+    try:
+        known = json.loads(about.read_bytes())["fingerprint"] == metadata["fingerprint"]
+        with records.EmbeddingFile(paths.embeddings) as file:
+            return known and file.metadata == metadata and paths.records.is_file()
+    except (FileNotFoundError, KeyError, ValueError):  # absent or damaged: built again
+        return False
+
+
+def _count(split: str, pairs: list[Pair]) -> CorpusSplit:
+    tasks = Counter(task for pair in pairs for task, _, _ in _targets(pair))
+    groups = {pair.group for pair in pairs}
+    return CorpusSplit(split, len(groups), len(pairs), {task: tasks[task] for task in TASK_TEMPLATES})
+
+
+def _write_description(about: Path, config: CorpusConfig, report: CorpusReport) -> None:
+    values = asdict(report)
+    del values["reused"]  # a corpus built in two runs is the same corpus
+    values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
+    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
+    records.write_json(about, values)
+
+
+def _write_records(path: Path, pairs: list[Pair]) -> None:
+    with records.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for row, pair in enumerate(pairs):
+            file.writelines(record.to_line() for record in pair_records(pair, row))
+
+
+def _write_embeddings(
+    path: Path, texts: list[str], config: CorpusConfig, embed: Embed, metadata: dict[str, str], progress: bool
+) -> None:
+    """Embed the longest texts first, so that a batch is of equal lengths; store each batch; then restore the order."""
+    size, name = config.embedding_batch_size, path.name.removesuffix(".safetensors")
+    order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
+    key = _digest([config.embedding_model_name, *(texts[row] for row in order)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = next(path.parent.glob(f".{name}.{key}.*.partial"), None)
+    done = 0
+    if partial:  # its name holds the size of a row; whole batches stay, so that the others hold the same texts as ever
+        row_bytes = 4 * int(partial.suffixes[-2].removeprefix("."))
+        done = partial.stat().st_size // (row_bytes * size) * size
+        os.truncate(partial, done * row_bytes)
+    with tqdm(total=len(texts), initial=done, desc=name, unit="text", disable=not progress) as bar:
+        for start in range(done, len(texts), size):
+            rows = np.asarray(embed([texts[row] for row in order[start : start + size]]), np.float32)
+            assert rows.ndim == 2 and len(rows) == min(size, len(texts) - start), (rows.shape, start, len(texts))
+            records.check_rows(rows, range(start, start + len(rows)))
+            target = path.with_name(f".{name}.{key}.{rows.shape[1]}.partial")
+            if partial not in (None, target):
+                raise ValueError(f"{partial} holds rows of another size than {rows.shape[1]}; delete it")
+            partial = target
+            with open(partial, "ab") as file:
+                file.write(rows.tobytes())
+            bar.update(len(rows))
+    assert partial is not None, path  # no split is empty
+    stored = np.memmap(partial, np.float32, "r").reshape(len(texts), -1)
+    place = np.argsort(order)  # text -> its row in `stored`
+    chunks = (stored[place[at : at + _COPY_ROWS]].tobytes() for at in range(0, len(texts), _COPY_ROWS))
+    records.write_embeddings(path, stored.shape, chunks, metadata=metadata)

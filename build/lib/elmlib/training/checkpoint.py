@@ -1,0 +1,155 @@
+"""Run states on disk: step checkpoints from which a run resumes to the same bytes; written whole or not at all."""
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.models.adapter import BEST, EmbeddingAdapter, load_adapter, load_tensors, save_adapter, save_tensors
+
+_STEP = re.compile(r"adapter_step_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run besides its weights, its optimizer and its random state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epoch of the next step, from 0."""
+    group: int = 0
+    """Optimizer steps done in that epoch."""
+    best_composite: float = float("-inf")
+    """Best BERTScore composite so far."""
+    best_step: int = -1
+    best_values: tuple[tuple[str, float], ...] = ()
+    """All figures of that evaluation."""
+    history: tuple[tuple[float, float], ...] = ()
+    """(val_nll, composite) of the last evaluations, oldest first."""
+    improved: bool = False
+    """Whether this epoch has brought a new best."""
+    stale_epochs: int = 0
+    """Epochs in a row without a new best."""
+    stopped: str = ""
+    """Why the run was stopped early; empty where it was not."""
+    loss_mean: float = 0.0
+    """Running mean of the training loss, for the spike check; 0 before the first step."""
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+
+def save_run(
+    folder: Path,
+    adapter: EmbeddingAdapter,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    config: SummaryTrainingConfig,
+    data_fingerprint: str,
+) -> Path:
+    """Write `adapter_step_N.safetensors` and its run state; keep only the newest `keep_checkpoints`.
+
+    The run state goes first: an adapter file that exists has a whole run state beside it.
+    """
+    path = Path(folder) / f"adapter_step_{state.step}.safetensors"
+    tensors = {"random": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": tensor.detach().cpu() for key, tensor in values.items()}
+    save_tensors(_state_path(path), tensors, vars(state))
+    save_adapter(path, adapter, config, state.step, data_fingerprint)
+    # Checkpoints of later steps belong to the run that this one was resumed from; they are not counted or deleted.
+    own = [found for found in step_checkpoints(folder) if _step_of(found) <= state.step]
+    for old in own[: -config.keep_checkpoints]:
+        old.unlink()
+        _state_path(old).unlink(missing_ok=True)
+    return path
+
+
+def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer) -> RunState:
+    """Restore weights, optimizer and random state of a step checkpoint, and return its run state."""
+    tensors, header = load_tensors(_state_path(path))
+    adapter.load_state_dict(load_adapter(path).weights)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            moments.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random"])
+    if "random_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random_cuda"])
+    for pairs in ("best_values", "history"):
+        header[pairs] = tuple((first, second) for first, second in header[pairs])
+    if "window" in header:  # the name in earlier versions
+        header["group"] = header.pop("window")
+    return RunState(**header)
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The step checkpoints in `folder`, oldest first."""
+    return sorted((p for p in Path(folder).glob("adapter_step_*.safetensors") if _STEP.fullmatch(p.name)), key=_step_of)
+
+
+def archive_run(folder: Path) -> Path | None:
+    """Move an earlier run in `folder` into a subfolder, so that a new one neither mixes with nor replaces it; returns
+    the subfolder, or None where there is no run."""
+    names = (
+        "adapter_step_*", "run_state_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json", "scorecard_*"
+    )  # fmt: skip
+    found = [path for name in names for path in Path(folder).glob(name)]
+    if not found:
+        return None
+    number = next(n for n in itertools.count(1) if not (Path(folder) / f"earlier-run-{n}").exists())
+    archive = Path(folder) / f"earlier-run-{number}"
+    archive.mkdir()
+    for path in found:
+        path.rename(archive / path.name)
+    return archive
+
+
+def find_checkpoint(config: SummaryTrainingConfig) -> Path | None:
+    """The checkpoint that `config.resume_from` names; None to start a new run.
+
+    `latest` in a folder without a checkpoint starts a new run.
+    Raises FileNotFoundError for a named file that does not exist, ValueError for one that is no step checkpoint.
+    """
+    if not config.resume_from:
+        return None
+    if config.resume_from == "latest":
+        found = step_checkpoints(Path(config.checkpoint_dir))
+        return found[-1] if found else None
+    path = Path(config.resume_from)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; give an adapter_step_N.safetensors, or `latest`")
+    if not _STEP.fullmatch(path.name) or not _state_path(path).is_file():
+        raise ValueError(
+            f"{path} has no run state beside it; resume from an adapter_step_N.safetensors of a run folder"
+        )
+    return path
+
+
+def check_same_run(path: Path, config: SummaryTrainingConfig, data_fingerprint: str) -> None:
+    """Raise ValueError, naming each difference, unless `config` and data continue the run that wrote `path`."""
+    saved = load_adapter(path)
+    now = config.identity()
+    differences = [f"{k} was {v!r}, is {now[k]!r}" for k, v in saved.config.identity().items() if v != now[k]]
+    if saved.data_fingerprint != data_fingerprint:
+        differences.append(f"the training data were {saved.data_fingerprint}, are {data_fingerprint}")
+    if differences:
+        raise ValueError(f"cannot continue {path}: {'; '.join(differences)}. Use the same settings, or start a new run")
+
+
+def _state_path(adapter_path: Path) -> Path:
+    return adapter_path.with_name(adapter_path.name.replace("adapter_", "run_state_"))
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match, path
+    return int(match[1])

@@ -1,0 +1,304 @@
+"""The training loop, on accelerate: steps, evaluations, checkpoints, early stopping, exact resume."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data.dataset import Batch, load_batches
+from elmlib.data.records import write_json
+from elmlib.models.adapter import BEST, EmbeddingAdapter, save_adapter
+from elmlib.training import checkpoint
+from elmlib.training.checkpoint import RunState
+from elmlib.training.loggers import MetricsLog, MetricsRow, ProgressBar, RunLogger, RunLoggers, WandbLog
+from elmlib.training.losses import LOSSES, compute_losses, total_loss
+from elmlib.training.setup import (
+    accumulation_groups,
+    build_components,
+    is_sharded,
+    learning_rate,
+    shard_llm,
+    share_adapter,
+    without_communication,
+)
+from elmlib.training.validation import Validation, drift_warning, validate
+
+logger = logging.getLogger(__name__)
+
+_LOSS_MEMORY = 0.95  # of the running mean that a spike is compared with: about the last 20 steps
+_SPIKE_WARMUP = 20  # steps before that mean is reliable
+
+
+class UnstableTrainingError(RuntimeError):
+    """The loss is not finite or has jumped; the message names the step, the last checkpoint and what to try."""
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    best: Path
+    """`best_summary_model.safetensors`, best by BERTScore composite."""
+    last: Path
+    """The last step checkpoint."""
+    metrics: dict[str, float]
+    """The best evaluation's figures beside their controls, times and trained parameters; also in result.json."""
+    stopped: str
+    """Why the run was stopped early; empty where it was not."""
+
+
+def train(
+    config: SummaryTrainingConfig, loggers: Sequence[RunLogger] = (), stop: Callable[[], str] = str
+) -> TrainResult:
+    """Train an adapter, or resume a run from `config.resume_from`; both end in the same bytes on a CPU.
+
+    `loggers` get every row, as do the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases. `stop` is
+    called after each evaluation and, in a single process, after each step: a reason ends the run there, saved; empty
+    lets it continue. Ctrl-C and Jupyter's stop button do the same; a second one stops at once and saves nothing.
+    Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
+    """
+    with _interrupts() as interrupted:
+        return _Run(config, loggers, lambda: "interrupted" if interrupted.is_set() else stop()).finish()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first SIGINT sets. The second one raises KeyboardInterrupt, as usual."""
+    interrupted = threading.Event()
+
+    def note(*_: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+        logger.warning("interrupted: the run stops after this step and is saved; interrupt again to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():  # only a main thread takes signals
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """One run: all that changes while it trains is in `state`, so that a checkpoint holds all of it."""
+
+    def __init__(self, config: SummaryTrainingConfig, loggers: Sequence[RunLogger], stop: Callable[[], str]):
+        self.config, self.extra, self.stop = config, loggers, stop
+        self.accelerator = Accelerator()
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.folder = Path(config.checkpoint_dir)
+        resumed = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once
+        self.components = build_components(config, self.device)
+        self.adapter = self.components.model.adapter
+        self.fingerprint = self.components.train.fingerprint
+        # Not fused, AdamW makes one pass over all weights for each term of the update: ten times as slow on a CPU.
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        torch.manual_seed(config.seed + self.accelerator.process_index)
+        self.warned_of_single_row = False
+        self.state = RunState()
+        if resumed:
+            checkpoint.check_same_run(resumed, config, self.fingerprint)
+            self.state = replace(checkpoint.load_run(resumed, self.adapter, self.optimizer), stopped="")
+            logger.info("resumed from %s", resumed)
+        elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
+            logger.warning("%s held a run; it was moved to %s", self.folder, archive)
+        shared = cast(EmbeddingAdapter, share_adapter(self.adapter, self.accelerator))  # or its wrapper
+        self.components = self.components.with_adapter(shared)
+        self.sharded = is_sharded(self.accelerator)
+        if self.sharded:  # last: the closed-form fits need the whole LLM
+            shard_llm(self.components.model.llm, self.accelerator)
+        self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
+        self.total_steps = sum(self.steps_per_epoch)
+        if not self.total_steps:
+            raise ValueError(f"{len(self.components.train)} training rows are too few for {self.world} processes")
+
+    def finish(self) -> TrainResult:
+        """Train to the end and write result.json."""
+        with self._loggers() as self.loggers:
+            if self.state.step == 0 and self.config.eval_first:
+                self._evaluate(epoch_ends=False)
+            while self.state.epoch < self.config.max_epochs and not self._is_over():
+                self._epoch()
+        if self.state.stopped:
+            logger.warning("step %d: stopped: %s", self.state.step, self.state.stopped)
+        metrics = dict(self.state.best_values) | {
+            "train_seconds": self.state.train_seconds,
+            "eval_seconds": self.state.eval_seconds,
+            "num_parameters_trained": sum(p.numel() for p in self.adapter.parameters()),
+            "best_step": self.state.best_step,
+            "steps": self.state.step,
+            "too_long": self.components.train.too_long + self.components.val.too_long,
+        }
+        if self.accelerator.is_main_process:
+            about = {"bertscore_hash": self.components.evaluator.hash, "stopped": self.state.stopped}
+            write_json(self.folder / "result.json", metrics | about)
+        last = self.folder / f"adapter_step_{self.state.step}.safetensors"
+        return TrainResult(self.folder / BEST, last, metrics, self.state.stopped)
+
+    def _loggers(self) -> RunLoggers:
+        if not self.accelerator.is_main_process:
+            return RunLoggers()
+        built: list[RunLogger] = [MetricsLog(self.folder / "metrics.jsonl", self.state.step)]
+        if self.config.use_wandb:
+            built.append(WandbLog(self.config))
+        return RunLoggers(*built, ProgressBar(self.total_steps, self.state.step), *self.extra)
+
+    def _groups(self, epoch: int) -> list[list[list[int]]]:
+        process = self.accelerator.process_index
+        return accumulation_groups(self.components.train, self.config, epoch, process, self.world)
+
+    def _epoch(self) -> None:
+        groups = self._groups(self.state.epoch)[self.state.group :]
+        loader = load_batches(self.components.train, [batch for group in groups for batch in group], self.config)
+        self.adapter.train()
+        for group in groups:
+            started = time.perf_counter()
+            values = self._step([next(loader).to(self.device) for _ in group])
+            seconds = self.state.train_seconds + self._mean_over_processes(time.perf_counter() - started)
+            self.state = replace(
+                self.state, step=self.state.step + 1, group=self.state.group + 1, train_seconds=seconds
+            )
+            self.loggers.log(MetricsRow("step", self.state.step, self._epochs_done(), values))
+            if self.world == 1:  # several processes would have to agree; they do so after evaluations
+                self.state = replace(self.state, stopped=self.stop())
+            epoch_ends = self.state.group == self.steps_per_epoch[self.state.epoch]
+            ends = epoch_ends or self._is_out_of_time()
+            if ends or self._is_eval_due():  # of a stopped run too: a resumed one does not come back to this step
+                self._evaluate(epoch_ends)
+            if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
+                self._save()
+            if ends or self.state.stopped:
+                break
+
+    def _is_eval_due(self) -> bool:
+        if not (count := self.config.evals_per_epoch):
+            return self.state.step % self.config.eval_interval == 0
+        done, steps = self.state.group, self.steps_per_epoch[self.state.epoch]
+        return done * count // steps > (done - 1) * count // steps
+
+    def _step(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step over an accumulation group: each loss is its sum over the group divided by its count."""
+        config, accelerator = self.config, self.accelerator
+        rate = learning_rate(self._schedule_position(), self.total_steps, config)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        sizes = torch.tensor([[b.num_tokens, len(b.labels)] for b in batches], device=self.device).sum(0)
+        counts = dict(zip(("token", "row"), accelerator.reduce(sizes, reduction="sum").tolist(), strict=True))
+        losses = [loss for loss in LOSSES if loss.is_on(config)]
+        totals = torch.zeros(1 + len(losses), device=self.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else without_communication(self.components.model.adapter):
+                self._warn_of_single_row(batch)
+                sums = compute_losses(self.components, batch, config)
+                loss = total_loss(sums, counts, config)
+                # DistributedDataParallel averages gradients over processes; the counts above are sums over them.
+                accelerator.backward(loss * self.world)
+            totals += torch.stack([loss.detach(), *(sums[each.name].detach() for each in losses)])
+        loss_sum, *sums_of_all = accelerator.reduce(totals, reduction="sum").tolist()
+        self._check_stable(loss_sum)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        values = {"loss": loss_sum, "learning_rate": rate, "grad_norm": float(norm)}
+        return values | {each.name: x / counts[each.per] for each, x in zip(losses, sums_of_all, strict=True)}
+
+    def _warn_of_single_row(self, batch: Batch) -> None:
+        if self.config.use_contrastive_loss and len(batch.labels) == 1 and not self.warned_of_single_row:
+            self.warned_of_single_row = True
+            logger.warning("a batch of one row has no negatives: its contrastive loss is 0; raise --batch-size")
+
+    def _schedule_position(self) -> float:
+        """Optimizer steps done or, with a time limit that ends the run sooner, the same share of the time."""
+        limit = self.config.max_train_seconds
+        clock = self.total_steps * self.state.train_seconds / limit if limit else 0.0
+        return min(max(self.state.step, clock), self.total_steps)
+
+    def _mean_over_processes(self, seconds: float) -> float:
+        """All processes must agree on when to stop."""
+        if self.world == 1:
+            return seconds
+        return float(self.accelerator.reduce(torch.tensor(seconds, device=self.device), reduction="mean"))
+
+    def _check_stable(self, loss: float) -> None:
+        mean = self.state.loss_mean
+        spike = self.state.step >= _SPIKE_WARMUP and loss > self.config.spike_factor * mean
+        if not math.isfinite(loss) or spike:
+            saved = [str(path) for path in checkpoint.step_checkpoints(self.folder)]
+            raise UnstableTrainingError(
+                f"step {self.state.step + 1}: the loss is {loss:.4g}, its running mean {mean:.4g}. "
+                f"Last good checkpoint: {saved[-1] if saved else 'none yet'}. Try a lower --learning-rate (now "
+                f"{self.config.learning_rate:g}), a lower --max-grad-norm (now {self.config.max_grad_norm:g}), or look "
+                "for bad rows with `elm filter`"
+            )
+        kept = _LOSS_MEMORY if self.state.step else 0.0
+        self.state = replace(self.state, loss_mean=kept * mean + (1 - kept) * loss)
+
+    def _evaluate(self, epoch_ends: bool) -> None:
+        """Evaluate on the main process, keep the best adapter, and count the epochs without a better one."""
+        started = time.perf_counter()
+        state = self.state
+        # With a sharded LLM all processes must run it, though only the main process uses the result.
+        if self.accelerator.is_main_process or self.sharded:
+            result = validate(self.components.with_adapter(self.adapter), self.config, self.device)
+        if self.accelerator.is_main_process:
+            values = result.values()
+            composite = values["bertscore_composite"]
+            state = replace(state, history=(*state.history[-2:], (result.val_nll, composite)))
+            if warning := drift_warning(state.history):
+                logger.warning("step %d: %s; the best adapter is that of step %d", state.step, warning, state.best_step)
+            self.loggers.log(MetricsRow("eval", state.step, self._epochs_done(), values))
+            state = replace(state, stopped=self.stop())
+            if composite > state.best_composite:
+                self._keep_best(result)
+                # The evaluation before the first step belongs to no epoch, so it is no improvement of one.
+                state = replace(
+                    state, best_composite=composite, best_step=state.step, improved=state.step > 0,
+                    best_values=tuple(values.items()),
+                )  # fmt: skip
+        if epoch_ends:
+            stale = 0 if state.improved else state.stale_epochs + 1
+            state = replace(state, epoch=state.epoch + 1, group=0, improved=False, stale_epochs=stale)
+        state = replace(state, eval_seconds=state.eval_seconds + time.perf_counter() - started)
+        self.state = broadcast_object_list([state])[0]
+        self.adapter.train()
+        if epoch_ends and self._is_stale():
+            logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
+
+    def _keep_best(self, result: Validation) -> None:
+        save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)
+        result.write_predictions(self.folder / "predictions.jsonl", self.components.val)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, self.config, self.fingerprint)
+        self.accelerator.wait_for_everyone()
+
+    def _is_over(self) -> bool:
+        return self._is_stale() or self._is_out_of_time() or bool(self.state.stopped)
+
+    def _is_stale(self) -> bool:
+        return self.state.stale_epochs >= self.config.early_stopping_patience
+
+    def _is_out_of_time(self) -> bool:
+        return 0 < self.config.max_train_seconds <= self.state.train_seconds
+
+    def _epochs_done(self) -> float:
+        if self.state.epoch == self.config.max_epochs:
+            return float(self.state.epoch)
+        return self.state.epoch + self.state.group / self.steps_per_epoch[self.state.epoch]

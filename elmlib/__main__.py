@@ -1,5 +1,0 @@
-"""`python -m elmlib` is `elm`."""
-
-from elmlib.cli import main
-
-main()

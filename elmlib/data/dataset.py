@@ -1,0 +1,263 @@
+"""One split as tensors: tokenised targets, embeddings, batches of rows of similar length.
+
+`Batch` holds targets and goes to the loss. `PromptBatch` holds none and is all that generation accepts, so a target
+cannot reach it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data.prompts import IGNORE_INDEX, PromptIds, prompt_ids
+from elmlib.data.records import TENSOR, EmbeddingFile, Record, SplitPaths, check_rows, find_split, read_records
+
+_BLOCK_ROWS = 4096  # read at a time
+
+
+class Batch(NamedTuple):
+    """Rows to learn from, all of one prompt."""
+
+    embeddings: Tensor
+    """(batch, embedding_dim) float32."""
+    labels: Tensor
+    """(batch, longest answer) token ids of target and end of turn, right-padded with IGNORE_INDEX."""
+    sources: Tensor
+    """(batch,) number of each row's source; equal numbers are the same text."""
+    prompt: PromptIds
+    rows: list[int]
+    """(batch,) row numbers of the dataset."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of answer tokens; the NLL is divided by it."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        embeddings, labels, sources = (
+            x.to(device, non_blocking=True) for x in (self.embeddings, self.labels, self.sources)
+        )
+        return Batch(embeddings, labels, sources, self.prompt, self.rows)
+
+
+class PromptBatch(NamedTuple):
+    """Rows to generate for, all of one prompt, without targets."""
+
+    embeddings: Tensor
+    """(batch, embedding_dim) float32."""
+    prompt: PromptIds
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same batch on `device`."""
+        return PromptBatch(self.embeddings.to(device), self.prompt)
+
+
+@dataclass(frozen=True, eq=False)
+class SummaryDataset(Dataset[int]):
+    """One split, tokenised. Row i is `records[i]`, `answers[i]`, `embeddings[records[i].embedding_index]`."""
+
+    records: list[Record]
+    answers: list[list[int]]
+    """Target token ids with the end of turn."""
+    sources: list[int]
+    prompts: list[PromptIds]
+    """The prompt of each row; rows of one template share one object."""
+    embeddings: Tensor
+    """(embedding rows, embedding_dim), as on disk; the file is mapped, not read."""
+    too_long: int
+    """Rows left out because they exceed max_seq_length."""
+    fingerprint: str
+    """Hash of the records file and of all embeddings; equal for equal data."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+    def vectors(self, rows: Sequence[int]) -> Tensor:
+        """(rows, embedding_dim) float32."""
+        return self.embeddings[[self.records[row].embedding_index for row in rows]].float()
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        """Rows of one prompt as a Batch."""
+        embeddings, prompt = self.collate_prompts(rows)
+        labels = torch.full((len(rows), max(len(self.answers[row]) for row in rows)), IGNORE_INDEX)
+        for i, row in enumerate(rows):
+            labels[i, : len(self.answers[row])] = torch.tensor(self.answers[row])
+        return Batch(embeddings, labels, torch.tensor([self.sources[row] for row in rows]), prompt, list(rows))
+
+    def collate_prompts(self, rows: Sequence[int]) -> PromptBatch:
+        """Rows of one prompt as a PromptBatch."""
+        prompt = self.prompts[rows[0]]
+        assert all(self.prompts[row] is prompt for row in rows), "rows of different prompts in one batch"
+        return PromptBatch(self.vectors(rows), prompt)
+
+    def subset(self, count: int, seed: int) -> list[int]:
+        """A seeded sample of `count` rows, sorted; no two of one source while there are enough sources."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        first = {self.sources[row]: row for row in reversed(order)}
+        distinct = set(first.values())
+        ranked = [row for row in order if row in distinct] + [row for row in order if row not in distinct]
+        return sorted(ranked[:count])
+
+    def digest(self) -> str:
+        """Hash of the fingerprint and of the answers, so of the tokenizer too."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for answer in self.answers:
+            digest.update(array("q", [len(answer), *answer]).tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: Sequence[int]) -> "SummaryDataset":
+        """A dataset of these rows alone, with another fingerprint."""
+        chosen = ",".join(map(str, rows)).encode()
+        return dataclasses.replace(
+            self,
+            records=[self.records[row] for row in rows],
+            answers=[self.answers[row] for row in rows],
+            sources=[self.sources[row] for row in rows],
+            prompts=[self.prompts[row] for row in rows],
+            fingerprint=hashlib.sha256(self.fingerprint.encode() + chosen).hexdigest()[:16],
+        )
+
+    def bucket(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
+        """Cut rows into batches of one prompt and of similar answer length, shortest first."""
+        group = self._prompt_groups
+        ordered = sorted(rows, key=lambda row: (group[row], len(self.answers[row])))
+        batches: list[list[int]] = []
+        for row in ordered:
+            if batches and len(batches[-1]) < batch_size and group[batches[-1][0]] == group[row]:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+    @cached_property
+    def _prompt_groups(self) -> list[int]:
+        """For each row the last row that has its prompt."""
+        last = {id(prompt): row for row, prompt in enumerate(self.prompts)}
+        return [last[id(prompt)] for prompt in self.prompts]
+
+
+def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
+    """The files of a split of `config.summary_data_path`; only the header of the embeddings is read.
+
+    Raises FileNotFoundError for missing files and ValueError for another embedding size than `embedding_dim`.
+    """
+    paths = find_split(Path(config.summary_data_path), split)
+    with EmbeddingFile(paths.embeddings) as file:
+        if file.dim != config.embedding_dim:
+            raise ValueError(
+                f"{paths.embeddings} holds vectors of size {file.dim}, but embedding_dim is {config.embedding_dim}; "
+                f"pass --embedding-dim {file.dim} if that is the embedder's size"
+            )
+    return paths
+
+
+def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> SummaryDataset:
+    """Read, check and tokenise one split of `config.summary_data_path`.
+
+    `config.train_rows` takes a sample of the train split. Raises as `locate_split` does, and ValueError, naming file
+    and line, for bad records, another task than the summary (with `summary_only`), or no row short enough.
+    """
+    paths = locate_split(config, split)
+    with EmbeddingFile(paths.embeddings) as file:
+        records = list(read_records(paths.records, file.num_rows))
+    if config.summary_only:
+        for record in records:
+            if record.task_type != "summary":
+                raise ValueError(
+                    f"{paths.records} holds a record of task {record.task_type!r}; run `elm filter`, "
+                    "or pass --no-summary-only to train on all tasks"
+                )
+    prompts = {template: prompt_ids(tokenizer, template) for template in {r.input_prompt_template for r in records}}
+    # A target that contains the name of a special token is plain text, not an end of turn.
+    targets = [record.target_text.strip() for record in records]
+    encoded = tokenizer(targets, add_special_tokens=False, split_special_tokens=True).input_ids
+    kept: list[tuple[Record, list[int]]] = []
+    for record, ids in zip(records, encoded, strict=True):
+        prompt = prompts[record.input_prompt_template]
+        if len(prompt.before) + config.num_soft_tokens + len(prompt.behind) + len(ids) + 1 <= config.max_seq_length:
+            kept.append((record, [*ids, prompt.end_of_turn]))
+    if not kept:
+        raise ValueError(f"{paths.records}: all {len(records)} rows exceed max_seq_length {config.max_seq_length}")
+    with safe_open(str(paths.embeddings), framework="pt") as tensors:
+        embeddings = tensors.get_tensor(TENSOR)
+    used = sorted({record.embedding_index for record, _ in kept})
+    for start in range(0, len(used), _BLOCK_ROWS):
+        rows = used[start : start + _BLOCK_ROWS]
+        try:
+            check_rows(embeddings[rows].float().numpy(), rows)
+        except ValueError as error:
+            raise ValueError(f"{paths.embeddings}: {error}") from error
+    numbers: dict[str, int] = {}
+    loaded = SummaryDataset(
+        records=[record for record, _ in kept],
+        answers=[answer for _, answer in kept],
+        sources=[numbers.setdefault(record.source, len(numbers)) for record, _ in kept],
+        prompts=[prompts[record.input_prompt_template] for record, _ in kept],
+        embeddings=embeddings,
+        too_long=len(records) - len(kept),
+        fingerprint=_fingerprint(paths),
+    )
+    if split == "train" and 0 < config.train_rows < len(loaded):
+        return loaded.take(loaded.subset(config.train_rows, config.eval_seed))
+    return loaded
+
+
+def _fingerprint(paths: SplitPaths) -> str:
+    with open(paths.records, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    with EmbeddingFile(paths.embeddings) as embeddings:
+        digest.update(json.dumps([embeddings.num_rows, embeddings.dim, embeddings.dtype]).encode())
+        for start in range(0, embeddings.num_rows, _BLOCK_ROWS):
+            digest.update(embeddings.raw(start, min(start + _BLOCK_ROWS, embeddings.num_rows)))
+    return digest.hexdigest()[:16]
+
+
+def epoch_batches(split: SummaryDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, a pure function of seed and epoch, so that a resumed run gets the same ones.
+
+    Rows are shuffled, sorted by answer length within chunks of 64 batches, and the batches are shuffled again: rows of
+    similar length share a batch (little padding), and the batches differ from epoch to epoch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split), generator=generator).tolist()
+    chunk = 64 * batch_size
+    batches = [
+        batch
+        for start in range(0, len(order), chunk)
+        for batch in split.bucket(order[start : start + chunk], batch_size)
+    ]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def load_batches(split: SummaryDataset, batches: list[list[int]], config: SummaryTrainingConfig) -> Iterator[Batch]:
+    """Iterate over collated `batches`, in worker processes where the config asks for them."""
+    workers = config.num_workers
+    return iter(
+        DataLoader(
+            split,
+            batch_sampler=batches,
+            collate_fn=split.collate,
+            num_workers=workers,
+            # Without it each new loader draws a seed from the global generator. A resumed run makes one loader more, so
+            # its later random numbers would differ from those of a run that was never stopped.
+            generator=torch.Generator(),
+            pin_memory=config.pin_memory,
+            persistent_workers=config.persistent_workers,
+            prefetch_factor=config.prefetch_factor if workers else None,
+        )
+    )

@@ -1,0 +1,303 @@
+"""Questions to a trained adapter: the summary of a vector, of one between two, along a direction, of a cluster.
+
+Interpolation between embeddings: Tennenholtz et al., ICLR 2024, https://arxiv.org/abs/2310.04475.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from sentence_transformers.util import cos_sim
+from torch.nn.functional import normalize
+
+from elmlib.data.dataset import load_split
+from elmlib.data.records import EmbeddingFile
+from elmlib.evaluation.metrics import swap_sources
+from elmlib.inference.summarizer import Elm
+from elmlib.models.adapter import BEST
+from elmlib.models.elm import Sampling
+
+if TYPE_CHECKING:
+    import ipywidgets
+    import pandas
+
+GREEDY, BEAMS, SAMPLED, BEST_OF = "greedy", "beam search", "sampled", "best of several samples"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a summary is decoded; greedy by default."""
+
+    num_beams: int = 1
+    """Above 1: beam search with so many beams."""
+    temperature: float = 0.0
+    """Above 0: tokens are sampled."""
+    top_p: float = 0.95
+    """Nucleus of the samples, above 0 to 1."""
+    candidates: int = 1
+    """Above 1: so many are sampled, and the one whose re-embedding is nearest to the vector is kept."""
+    max_new_tokens: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.candidates > 1 and not self.temperature:
+            raise ValueError("candidates are sampled: set a temperature above 0, or candidates to 1")
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError("beam search takes the best tokens: set temperature to 0, or num_beams to 1")
+
+
+class Question(NamedTuple):
+    """A vector (dim,) to summarise, and what is known about it."""
+
+    vector: np.ndarray
+    reference: str = ""
+    text: str = ""
+    other: np.ndarray | None = None
+    """The shuffled control: the vector of another source, for which the summary must differ."""
+
+
+def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
+    """The run that saved its adapter last, and its data, of several runs (folder -> data folder).
+
+    Raises FileNotFoundError where none has an adapter.
+    """
+    trained = [run for run in runs if Path(run, BEST).is_file()]
+    if not trained:
+        raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
+    newest = max(trained, key=lambda run: Path(run, BEST).stat().st_mtime)
+    return newest, runs[newest]
+
+
+class Explorer:
+    """A trained adapter and the data that it was trained on."""
+
+    def __init__(self, elm: Elm, data_dir: Path | str, split: str = "val"):
+        """`split` holds the texts to choose from.
+
+        Raises as `load_split` does, and ValueError for vectors of another size or a split of one source.
+        """
+        self.elm = elm
+        config = replace(elm.file.config, summary_data_path=str(data_dir))
+        self.train, self.val = (load_split(config, name, elm.model.tokenizer) for name in ("train", split))
+        self.vectors = self.val.vectors(range(len(self.val))).numpy()
+        self._train_units = normalize(self.train.vectors(range(len(self.train))))
+        # A row of another group, here the part before the colon of `module:name`: rows of one module are alike.
+        sources = [record.source for record in self.val.records]
+        groups = [source.rpartition(":")[0] or source for source in sources]
+        self.swap = swap_sources(groups if len(set(groups)) > 1 else sources, config.eval_seed)
+        """(rows,): for each text the row of its shuffled control."""
+
+    def question(self, row: int) -> Question:
+        """The question about text `row` of the split."""
+        record = self.val.records[row]
+        return Question(self.vectors[row], record.target_text, record.source_text, self.vectors[self.swap[row]])
+
+    def text_question(self, text: str) -> Question:
+        """The question about a new text; its control is the vector of a text of the split."""
+        if not text.strip():
+            raise ValueError("the text is empty; type one")
+        return Question(self.elm.embed([text])[0], "", text, self.vectors[self.swap[0]])
+
+    def stream(self, vector: np.ndarray, decoding: Decoding = Decoding()) -> Iterator[str]:
+        """The summary of `vector` (embedding_dim,) after each token; beams and candidates come whole, at the end."""
+        batch, length = self.elm.batch(vector[None]), decoding.max_new_tokens
+        sampling = Sampling(decoding.candidates, decoding.temperature, decoding.top_p, decoding.seed)
+        if decoding.num_beams > 1:
+            yield self.elm.model.search_beams(batch, length, decoding.num_beams)[0]
+        elif decoding.candidates > 1:
+            yield self.elm.summarize(vector[None], length, sampling)[0]
+        else:
+            yield from (texts[0] for texts in self.elm.model.stream(batch, length, sampling))
+
+    def summarize(self, vector: np.ndarray, decoding: Decoding = Decoding()) -> str:
+        """The whole summary of `vector` (embedding_dim,)."""
+        *_, text = self.stream(vector, decoding)
+        return text
+
+    def similarity(self, text: str, vector: np.ndarray) -> float:
+        """Cosine of the re-embedded `text` and `vector`, -1 to 1; 0 for an empty text."""
+        return float(cos_sim(self.elm.embed([text])[0], vector)) if text.strip() else 0.0
+
+    def neighbours(self, vector: np.ndarray, count: int = 3) -> "pandas.DataFrame":
+        """The `count` training texts nearest to `vector` (embedding_dim,): similarity (cosine), source_id, summary."""
+        import pandas
+
+        similarity = self._train_units @ normalize(torch.from_numpy(vector[None]).float())[0]
+        nearest = similarity.topk(min(count, len(similarity)))
+        records = [self.train.records[row] for row in nearest.indices.tolist()]
+        columns = {"source_id": [it.source for it in records], "summary": [it.target_text for it in records]}
+        return pandas.DataFrame({"similarity": nearest.values.tolist()} | columns)
+
+    def answer(self, question: Question, decoding: Decoding = Decoding()) -> Iterator[list[tuple[str, str]]]:
+        """The rows (name, value) of a card: the summary after each token, and last all that it is compared with.
+
+        That is the similarity, the reference, the summaries of the shuffled control and of the mean training vector,
+        the nearest training texts and the text. Raises ValueError for a vector of another size, zero or not finite.
+        """
+        vector, text = question.vector, ""
+        for text in self.stream(vector, decoding):
+            yield [("summary", text)]
+        rows = [("summary", text), ("similarity", f"{self.similarity(text, vector):.3f} (summary and vector, cosine)")]
+        rows += [("reference", question.reference)] if question.reference else []
+        if question.other is not None:
+            rows.append(("from another text's vector", self.summarize(question.other, decoding)))
+            rows.append(("from the mean vector", self.summarize(self.elm.mean_vector(), decoding)))
+        near = self.neighbours(vector).itertuples()
+        rows += [(f"near: {it.similarity:.3f}", f"{it.source_id}: {it.summary}") for it in near]
+        yield rows + ([("text", question.text)] if question.text else [])
+
+    def labels(self) -> list[str]:
+        """A name for each text of the split: its number, its source, and how its reference begins."""
+        return [f"{row}  {record.source_id}: {record.target_text[:60]}" for row, record in enumerate(self.val.records)]
+
+
+class Cards:
+    """Cards for a notebook: controls, and the summary of the vector that they choose."""
+
+    def __init__(self, explorer: Explorer):
+        import ipywidgets
+
+        self.explorer = explorer
+        self.decoding = ipywidgets.interactive(
+            choose_decoding, decoding=[GREEDY, BEAMS, SAMPLED, BEST_OF], tokens=(4, 128), beams=(2, 8),
+            temperature=(0.1, 1.5, 0.1), top_p=(0.05, 1.0, 0.05), candidates=(2, 32),
+        )  # fmt: skip
+        """The controls of how all cards decode; `result` is a `Decoding`."""
+        self._one_at_a_time = threading.Lock()  # JupyterLab calls widgets from a thread of its own
+
+    def texts(self, row: int = 0) -> "ipywidgets.Dropdown":
+        """A control that chooses a text of the split by its row."""
+        import ipywidgets
+
+        labels = self.explorer.labels()
+        return ipywidgets.Dropdown(options=[(label, i) for i, label in enumerate(labels)], value=row)
+
+    def card(
+        self, question: Callable[..., Question | np.ndarray], button: str = "", **controls: Any
+    ) -> "ipywidgets.VBox":
+        """A card that calls `question` with the values of its `controls`, as `ipywidgets.interactive` does.
+
+        `question` returns a vector (dim,) or a `Question`. With `button`, it is called by that button alone. A
+        ValueError or OSError, which what was typed can cause, is shown on the card in one line.
+        """
+        import ipywidgets
+
+        html = ipywidgets.HTML()
+
+        def show(**values: Any) -> None:
+            with self._one_at_a_time:
+                try:
+                    asked = question(**values)
+                    asked = asked if isinstance(asked, Question) else Question(asked)
+                    for rows in self.explorer.answer(asked, self.decoding.result):
+                        html.value = _table(rows)
+                except (ValueError, OSError) as error:
+                    html.value = _table([("error", str(error))])
+
+        panel = ipywidgets.interactive(show, {"manual": bool(button), "manual_name": button}, **controls)
+        for child in panel.children:
+            if not isinstance(child, ipywidgets.Button):
+                child.layout.width = "95%"
+            if not button and child.has_trait("continuous_update"):
+                child.continuous_update = False  # one summary when a slider is released, not one for each move
+        return ipywidgets.VBox([panel, html])
+
+
+def choose_decoding(
+    decoding: str = GREEDY,
+    tokens: int = 32,
+    beams: int = 4,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    candidates: int = 8,
+) -> Decoding:
+    """The decoding of that name; it takes of the other values those that it needs."""
+    return Decoding(
+        num_beams=beams if decoding == BEAMS else 1,
+        temperature=temperature if decoding in (SAMPLED, BEST_OF) else 0.0,
+        top_p=top_p,
+        candidates=candidates if decoding == BEST_OF else 1,
+        max_new_tokens=tokens,
+    )
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    """An HTML table of names and values, the summary in bold."""
+    cells = (
+        f"<tr><td style='vertical-align:top;padding-right:1em;color:#666'>{escape(name)}</td>"
+        f"<td style='white-space:pre-wrap{';font-weight:bold' if name == 'summary' else ''}'>{escape(value[:1500])}"
+        "</td></tr>"
+        for name, value in rows
+    )
+    return f"<table class='elm-card'>{''.join(cells)}</table>"
+
+
+def interpolate(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+    """The vector `share` of the way from `a` to `b` (dim,), at a length between theirs: 0 is a, 1 is b."""
+    length = (1 - share) * np.linalg.norm(a) + share * np.linalg.norm(b)
+    return _with_length((1 - share) * a + share * b, length)
+
+
+def add_direction(start: np.ndarray, a: np.ndarray, b: np.ndarray, steps: float) -> np.ndarray:
+    """`start` plus `steps` times the direction from `b` to `a` (dim,), at the length of `start`."""
+    return _with_length(start + steps * (a - b), np.linalg.norm(start))
+
+
+def mean_vector(vectors: np.ndarray) -> np.ndarray:
+    """The mean of vectors (n, dim), at their mean length. Raises ValueError for no vector."""
+    if not len(vectors):
+        raise ValueError("no vectors to average; choose at least one")
+    return _with_length(vectors.mean(axis=0), np.linalg.norm(vectors, axis=1).mean())
+
+
+def _with_length(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
+    """`vector` at `length`: the adapter was trained on vectors of the embedder's own length."""
+    norm = np.linalg.norm(vector)
+    return (vector * (length / norm) if norm else vector).astype(np.float32)
+
+
+def read_vector(source: Path | str, row: int = 0) -> np.ndarray:
+    """Row `row` (dim,) of a file: .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON.
+
+    Raises FileNotFoundError for no such file, and ValueError for another format or a row that the file does not have.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected a vector as .safetensors, .npy, or as numbers")
+    if path.suffix == ".safetensors":
+        with EmbeddingFile(path) as file:
+            rows = file.rows(0, file.num_rows)
+    elif path.suffix == ".npy":
+        rows = np.load(path, allow_pickle=False)
+    else:
+        rows = parse_vector(path.read_text(encoding="utf-8"), str(path))
+    rows = np.atleast_2d(rows).astype(np.float32)
+    if not 0 <= row < len(rows):
+        raise ValueError(f"{path} has {len(rows)} vectors; there is no row {row}")
+    return rows[row]
+
+
+def parse_vector(text: str, origin: str = "the text") -> np.ndarray:
+    """A vector (dim,) of numbers between spaces or commas, in brackets or not; ValueError for anything else."""
+    try:
+        return np.array([float(number) for number in text.replace(",", " ").strip().strip("[]").split()], np.float32)
+    except ValueError as error:
+        raise ValueError(f"{origin} is no vector: {error}; expected numbers between spaces or commas") from error
+
+
+def path_or_numbers(text: str, row: int = 0) -> np.ndarray:
+    """A vector (dim,) of what a person typed: numbers, or the path of a file; raises as `read_vector` does."""
+    numbers = text.strip().lstrip("[-+. ")[:1].isdigit()
+    return parse_vector(text) if numbers else read_vector(text.strip(), row)
+
+
+def project(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, dim) on their first two principal components (Pearson, 1901), (n, 2)."""
+    from sklearn.decomposition import PCA
+
+    return PCA(n_components=2, random_state=0).fit_transform(vectors)

@@ -1,0 +1,229 @@
+"""The public `Elm`: three lines from a text to its summary; saved, loaded and shared as models are."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from elmlib.data.dataset import PromptBatch
+from elmlib.data.prompts import TASK_TEMPLATES, prompt_ids
+from elmlib.data.records import check_rows, write_json
+from elmlib.evaluation.baselines import rerank
+from elmlib.evaluation.report import score_rows
+from elmlib.models.adapter import BEST, AdapterFile, load_adapter, save_adapter
+from elmlib.models.elm import Sampling, SoftTokenModel, build_model
+from elmlib.models.pretrained import default_device, encode, load_embedder, public_name, revision_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_ABOUT = "config.json"
+_BATCH = 64  # vectors summarised at once
+
+
+class ModelId(NamedTuple):
+    """A pretrained model that an adapter was trained with."""
+
+    name: str
+    revision: str
+    """The hub's commit or the wheel's version; empty for a folder, which has none."""
+
+
+class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "soft-tokens"]):
+    """A trained adapter on its frozen LLM, with the embedder whose vectors it reads.
+
+    >>> elm = Elm.from_pretrained("papermill_runs/demo")
+    >>> vectors = elm.embed(["Some text."])
+    >>> elm.summarize(vectors)
+    """
+
+    def __init__(
+        self,
+        model: SoftTokenModel,
+        file: AdapterFile,
+        llm: ModelId,
+        embedder: ModelId,
+        metrics: Mapping[str, Any],
+        device: torch.device,
+    ):
+        self.model, self.file, self.device = model, file, device
+        self.llm_id, self.embedder_id = llm, embedder
+        self.metrics = dict(metrics)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        llm_model: str = "",
+        embedding_model: str = "",
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load from a folder (of `save_pretrained` or of a training run), an adapter file, or the hub.
+
+        `llm_model` and `embedding_model` say where those two are on this machine, if not where their names say.
+        `kwargs` go to the hub's `snapshot_download`: revision, token, cache_dir and so on.
+        Raises FileNotFoundError for a file or model that does not exist, and ValueError, naming both, for an LLM,
+        embedder or revision other than the adapter was trained with.
+        """
+        path = Path(pretrained_model_name_or_path).expanduser()
+        if not path.exists():
+            path = _download(str(pretrained_model_name_or_path), **kwargs)
+        path = path / BEST if path.is_dir() else path
+        file, about = load_adapter(path), _read_about(path.parent)
+        llm = ModelId(file.config.llm_model_name, about.get("llm_revision", ""))
+        embedder = ModelId(file.config.embedding_model_name, about.get("embedding_revision", ""))
+        device = torch.device(device) if device else default_device()
+        config = replace(
+            file.config,
+            llm_model_name=_same_model(path, "LLM", llm.name, llm_model),
+            embedding_model_name=_same_model(path, "embedder", embedder.name, embedding_model),
+        )
+        model = build_model(config, device, file.weights, llm.revision, origin=str(path))
+        return cls(model, file._replace(config=config), llm, embedder, about.get("metrics", {}), device)
+
+    @cached_property
+    def embedder(self) -> "SentenceTransformer":
+        """The text embedder, loaded when it is first used; ValueError for one of another size."""
+        name, size = self.file.config.embedding_model_name, self.file.config.embedding_dim
+        embedder = load_embedder(name, self.device, self.embedder_id.revision)
+        if (own := embedder.get_embedding_dimension()) != size:
+            raise ValueError(f"{name} makes vectors of size {own}; the adapter reads {size}")
+        return embedder
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(len(texts), embedding_dim) float32. Raises ValueError for no texts."""
+        return encode(self.embedder, texts, _BATCH)
+
+    def summarize(
+        self,
+        vectors: np.ndarray | torch.Tensor,
+        max_new_tokens: int = 0,
+        sampling: Sampling | None = None,
+        task: str = "summary",
+    ) -> list[str]:
+        """One summary for each of `vectors` (n, embedding_dim), of any float type and device, by greedy decoding.
+
+        `max_new_tokens` 0 uses the training's. With `sampling`, that many candidates are drawn and the one whose
+        re-embedding is nearest to the vector is kept. Raises ValueError for vectors of another size and, with its
+        number, for a row that is zero or not finite.
+        """
+        length = max_new_tokens or self.file.config.max_new_tokens
+        rows, texts = self.check_vectors(vectors), list[str]()
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            batch = self.batch(part, task)
+            if sampling is None:
+                texts += self.model.generate(batch, length)
+            else:
+                texts += rerank(self.embed, self.model.candidates(batch, length, sampling), part)
+        return texts
+
+    def check_vectors(self, vectors: np.ndarray | torch.Tensor) -> np.ndarray:
+        """Vectors (n, embedding_dim) as float32 on the CPU; raises ValueError as `summarize` does."""
+        rows = torch.as_tensor(vectors).detach().float().cpu().numpy()
+        size = self.file.config.embedding_dim
+        if rows.ndim != 2 or rows.shape[1] != size:
+            raise ValueError(
+                f"vectors of shape {rows.shape}; this adapter reads (n, {size}), of {self.embedder_id.name}"
+            )
+        check_rows(rows, range(len(rows)))
+        return rows
+
+    def batch(self, vectors: np.ndarray | torch.Tensor, task: str = "summary") -> PromptBatch:
+        """Vectors (n, embedding_dim) under the prompt of `task`; raises ValueError as `summarize` does."""
+        rows = torch.from_numpy(self.check_vectors(vectors))
+        return PromptBatch(rows, prompt_ids(self.model.tokenizer, TASK_TEMPLATES[task])).to(self.device)
+
+    def mean_vector(self) -> np.ndarray:
+        """(embedding_dim,): the mean of the vectors that the adapter was trained on."""
+        return self.model.adapter.mean.cpu().numpy()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = replace(
+            self.file.config,
+            llm_model_name=public_name(self.llm_id.name),
+            embedding_model_name=public_name(self.embedder_id.name),
+        )
+        save_adapter(save_directory / BEST, self.model.adapter, config, self.file.step, self.file.data_fingerprint)
+        about = {
+            "llm": config.llm_model_name,
+            "llm_revision": self.llm_id.revision or revision_of(self.llm_id.name),
+            "embedding_model": config.embedding_model_name,
+            "embedding_revision": self.embedder_id.revision or revision_of(self.embedder_id.name),
+            "embedding_dim": config.embedding_dim,
+            "elmlib": version("elmlib"),
+            "metrics": self.metrics,
+        }
+        write_json(save_directory / _ABOUT, about)
+        self.generate_model_card().save(save_directory / "README.md")
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes, into a private repository unless `private` says otherwise."""
+        return super().push_to_hub(repo_id, private=private, **kwargs)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README of the adapter: its two models, how to use it, and its scores beside the shuffled control."""
+        config = self.file.config
+        llm, embedder = public_name(self.llm_id.name), public_name(self.embedder_id.name)
+        data = ModelCardData(library_name="elmlib", tags=self._hub_mixin_info.model_card_data.tags)
+        rows = "\n".join(
+            f"| {label} | {true:.3f} | {shuffled:.3f} | {true - shuffled:+.3f} |"
+            for label, true, shuffled in score_rows(self.metrics)
+        )
+        scores = (
+            f"Validation, {config.eval_samples} summaries; *shuffled* is the control: the same scoring, each text's "
+            f"embedding replaced by another text's.\n\n| | true | shuffled | difference |\n|---|---:|---:|---:|\n{rows}"
+            if rows
+            else "No scores were saved with this adapter."
+        )
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# An adapter that lets {llm} read vectors of {embedder}\n\n"
+            f"It turns one embedding of size {config.embedding_dim} into {config.num_soft_tokens} soft tokens of the "
+            f"frozen LLM, which writes a summary of the text behind the vector. This is the adapter alone: it works "
+            f"with these two models and no other.\n\n"
+            '```python\nfrom elmlib import Elm\n\nelm = Elm.from_pretrained("this repository or folder")\n'
+            'vectors = elm.embed(["Some text."])\nelm.summarize(vectors)\n```\n\n'
+            f"## Scores\n\n{scores}\n\n"
+            f"## Training\n\n{self.file.step} optimizer steps, data {self.file.data_fingerprint}, seed {config.seed}, "
+            f"learning rate {config.learning_rate:g}, batch size {config.batch_size} x "
+            f"{config.gradient_accumulation_steps}.\n"
+        )
+
+
+def _download(hub_id: str, **kwargs: Any) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[BEST, _ABOUT], **kwargs))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no adapter {hub_id!r}: there is no such folder or file, and the hub gave none ({error}); `make demo` "
+            "trains papermill_runs/demo"
+        ) from error
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What `save_pretrained` wrote beside an adapter, or the results of its run."""
+    saved, run = folder / _ABOUT, folder / "result.json"
+    if saved.is_file():
+        return json.loads(saved.read_text(encoding="utf-8"))
+    return {"metrics": json.loads(run.read_text(encoding="utf-8"))} if run.is_file() else {}
+
+
+def _same_model(path: Path, kind: str, trained: str, wanted: str) -> str:
+    """`wanted`, or the name that the adapter was trained with; both must mean the same model."""
+    if wanted and _last_part(wanted) != _last_part(trained):
+        raise ValueError(f"{path} was trained with the {kind} {trained}; {wanted} is another")
+    return wanted or trained
+
+
+def _last_part(name: str) -> str:
+    return public_name(name).rpartition("/")[2].lower()

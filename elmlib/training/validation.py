@@ -1,0 +1,148 @@
+"""One evaluation of an adapter on the validation split: each figure beside its shuffled control."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import orjson
+import torch
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.data.dataset import SummaryDataset
+from elmlib.data.records import atomic_path
+from elmlib.evaluation.metrics import (
+    POOL,
+    Identification,
+    SummaryScores,
+    correlation,
+    identify_sources,
+    score_summaries,
+    swap_sources,
+)
+from elmlib.training.losses import predict, text_drift
+from elmlib.training.setup import TrainingComponents
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Validation(NamedTuple):
+    """One evaluation: figures beside their shuffled controls, and the summaries they come from."""
+
+    val_nll: float
+    """Nats per answer token."""
+    val_nll_shuffled: float
+    """The same with each row's embedding swapped for another source's."""
+    scores: SummaryScores
+    rows: list[int]
+    """Of the split, in the order of `predictions`."""
+    predictions: list[str]
+    identification: Identification
+    """Nearest reference summary among those of `rows`."""
+    predicted_similarity: np.ndarray
+    """(n,) the cosine in the text drift loss, on the same rows under teacher forcing."""
+
+    def values(self) -> dict[str, float]:
+        """All figures, flat."""
+        found = self.identification.among(POOL)
+        return (
+            {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled}
+            | self.scores.to_dict()
+            | {f"identification_{name}": getattr(found, name) for name in ("top_1", "top_5", "mrr", "chance")}
+            | {"drift_correlation": correlation(self.predicted_similarity, self.scores.drift)}
+        )
+
+    def lines(self, split: SummaryDataset) -> list[dict[str, Any]]:
+        """One for each of `predictions`: the summary beside its reference in `split`, with its own scores."""
+        columns = {f"bertscore_{name}": values for name, values in self.scores.scores._asdict().items()} | {
+            "drift_similarity": self.scores.drift,
+            "predicted_similarity": self.predicted_similarity,
+            "rank": self.identification.ranks,
+        }
+        found = []
+        for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
+            record = split.records[row]
+            line = {"source_id": record.source_id, "embedding_index": record.embedding_index}
+            line |= {"prediction": prediction, "target_text": record.target_text}
+            found.append(line | {name: values[place].item() for name, values in columns.items()})
+        return found
+
+    def to_frame(self, split: SummaryDataset) -> "pandas.DataFrame":
+        """`lines`, one row a summary."""
+        import pandas
+
+        return pandas.DataFrame(self.lines(split))
+
+    def write_predictions(self, path: Path, split: SummaryDataset) -> None:
+        """`lines` as JSONL."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in self.lines(split)))
+
+
+def drift_warning(history: Sequence[tuple[float, float]]) -> str:
+    """A warning where (NLL, composite) both fell at each of the last three evaluations; otherwise empty.
+
+    The loss then improves while the summaries lose the text.
+    """
+    if len(history) < 3:
+        return ""
+    (first, high), (second, middle), (third, low) = history[-3:]
+    if not (first > second > third and high > middle > low):
+        return ""
+    return (
+        f"drifting away from quality: over three evaluations NLL improved from {first:.3f} to {third:.3f} while "
+        f"BERTScore composite fell from {high:.3f} to {low:.3f}. Try a lower --learning-rate or fewer --epochs"
+    )
+
+
+@torch.no_grad()
+def validate(components: TrainingComponents, config: SummaryTrainingConfig, device: torch.device) -> Validation:
+    """NLL with true and with shuffled embeddings, and greedy summaries with their scores, on fixed seeded subsets.
+
+    The rows whose summaries are generated are among those whose NLL is measured, which are at least as many.
+    """
+    split, model = components.val, components.model
+    model.adapter.eval()
+    sample = split.subset(config.eval_samples, config.eval_seed)
+    rows = split.subset(max(config.eval_nll_samples, config.eval_samples), config.eval_seed)
+    swapped = dict(zip(rows, swap_sources([str(split.sources[row]) for row in rows], config.eval_seed), strict=True))
+    totals = torch.zeros(3, dtype=torch.float64)
+    similarity: dict[int, float] = {}
+    for chosen in split.bucket(rows, config.batch_size):
+        batch = split.collate(chosen).to(device)
+        other = split.vectors([rows[swapped[row]] for row in chosen]).to(device)
+        for place, inputs in enumerate((batch, batch._replace(embeddings=other))):
+            predictions = predict(model(inputs).hidden, model.head, batch.labels, config.drift_top_k)
+            totals[place] += predictions.nll.item()
+            if place == 0:
+                cosines = text_drift(components.drift_head(predictions), batch.embeddings, 1.0)[1]
+                similarity |= zip(chosen, cosines.tolist(), strict=True)
+        totals[2] += batch.num_tokens
+    texts = _summarise(components, sample, config, device)
+    references = [split.records[row].target_text for row in sample]
+    vectors, sources = split.vectors(sample).numpy(), [str(split.sources[row]) for row in sample]
+    scores = score_summaries(
+        components.evaluator, components.embed, texts, references, vectors, sources, config.eval_seed
+    )
+    model.adapter.train()
+    nll, nll_shuffled = (totals[:2] / totals[2]).tolist()
+    return Validation(
+        val_nll=nll,
+        val_nll_shuffled=nll_shuffled,
+        scores=scores,
+        rows=sample,
+        predictions=texts,
+        identification=identify_sources(scores.vectors, components.reference_vectors(sample), sources),
+        predicted_similarity=np.array([similarity[row] for row in sample]),
+    )
+
+
+def _summarise(
+    components: TrainingComponents, rows: Sequence[int], config: SummaryTrainingConfig, device: torch.device
+) -> list[str]:
+    texts: dict[int, str] = {}
+    for chosen in components.val.bucket(rows, len(rows)):
+        batch = components.val.collate_prompts(chosen).to(device)
+        texts |= zip(chosen, components.model.generate(batch, config.max_new_tokens), strict=True)
+    return [texts[row] for row in rows]

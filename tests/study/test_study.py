@@ -1,0 +1,215 @@
+"""A study of real processes, notebooks and kernels: its files, how its trials end, how it resumes."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import psutil
+import pytest
+from optuna.trial import TrialState
+from study.studies import begun, check_ended_once, start, wait_for
+from wandb_files import read_run
+
+from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.study import StudyFailedError, cells_frame, results_frame, run_study, submit_launchers, variants_frame
+from elmlib.study.results import best_settings, default_trial, importance, open_study, outcome_of, trials_frame
+from elmlib.study.study import Launcher
+from elmlib.training import train
+
+
+def space_of(config: StudyConfig, tmp_path: Path, more: str = "") -> StudyConfig:
+    """`config` with a Python space of one parameter and of fixed settings, an expression of the trial's number `n`."""
+    (tmp_path / "space.py").write_text(
+        "def suggest(trial):\n    n = trial.number\n"
+        "    rate = trial.suggest_float('learning_rate', 1e-4, 1e-2)\n"
+        f"    return {{'learning_rate': rate, {more}}}\n"
+    )
+    return replace(config, space=tmp_path / "space.py")
+
+
+@pytest.mark.slow
+def test_run_study_resumes_and_its_best_settings_give_its_best_score(study_config: StudyConfig) -> None:
+    assert len(run_study(replace(study_config, trials=1)).trials) == 1
+    config = replace(study_config, trials=2)
+    study = run_study(config)
+    check_ended_once(study, config)
+    best = study.best_trial
+    folder = Path(best.user_attrs["folder"])
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "02_train.ipynb", "result.json", "metrics.jsonl", "predictions.jsonl", "best_summary_model.safetensors",
+        "curves.png", "settings.json", "samples.csv", "parameters.yaml", "trial.log",
+    } <= names  # fmt: skip
+    assert best.intermediate_values.keys() == {1, 2, 3, 4}
+    assert not [name for name in names if "_step_" in name]
+    results = json.loads((config.folder / "tiny_results.json").read_text())
+    assert results["best"]["value"] == best.value and results["trials"]["finished"] == 2
+    frame = pandas.read_csv(config.folder / "tiny_trials.csv")
+    assert frame["number"].tolist() == [0, 1] and set(frame["outcome"]) <= {"complete", "pruned"}
+    again = SummaryTrainingConfig.from_json(config.folder / "tiny_best_config.json")
+    assert again == best_settings(study)
+    metrics = train(replace(again, checkpoint_dir=str(config.folder / "again"))).metrics
+    for name, value in metrics.items():
+        if "seconds" not in name:
+            assert value == best.user_attrs[name], name
+
+
+@pytest.mark.heavy
+def test_run_study_samples_the_same_after_a_stop(stub_config: StudyConfig) -> None:
+    whole = run_study(replace(stub_config, trials=5, startup_trials=3))
+    stopped = replace(stub_config, study_name="stopped", trials=3, startup_trials=3)
+    run_study(stopped)
+    other = run_study(replace(stopped, trials=5))
+    assert [trial.params for trial in whole.trials] == [trial.params for trial in other.trials]
+    assert [trial.value for trial in whole.trials] == [trial.value for trial in other.trials]
+    assert len({tuple(trial.params.values()) for trial in whole.trials}) == 5
+
+
+def test_run_study_stores_how_each_trial_ended(stub_config: StudyConfig, tmp_path: Path) -> None:
+    fates = "'spike_factor': [3.0, 95.0, 85.0, 0.5][n % 4] if n < 4 else 3.0"  # complete, failed, killed, impossible
+    config = replace(space_of(stub_config, tmp_path, fates.replace("0.5]", "3.0]")), trials=3, jobs=3)
+    study = run_study(config)
+    complete, failed, killed, retried = check_ended_once(study, config)
+    assert (complete.state, complete.value) == (
+        TrialState.COMPLETE,
+        pytest.approx(50 * complete.params["learning_rate"]),
+    )
+    assert (failed.state, outcome_of(failed)) == (TrialState.FAIL, "failed") and failed.value is None
+    assert failed.user_attrs["reason"].startswith("ValueError: no luck") and failed.user_attrs["details"]
+    assert outcome_of(killed) == "killed" and "ernel" in killed.user_attrs["reason"]
+    assert retried.state == TrialState.COMPLETE and retried.params == killed.params
+    assert retried.user_attrs["resumed"] == 1 and retried.user_attrs["retry"] == "trial 2 again, which was killed"
+    frame = trials_frame(study)
+    assert frame["outcome"].tolist() == ["complete", "failed", "killed", "complete"]
+    assert results_frame(study).index[0] == max((complete, retried), key=lambda trial: trial.value or 0).number
+
+
+def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig, tmp_path: Path) -> None:
+    config = replace(space_of(stub_config, tmp_path, "'spike_factor': 95.0"), trials=8, jobs=3)
+    with pytest.raises(StudyFailedError, match=r"3 trials failed alike: ValueError: no luck at step \d+"):
+        run_study(config)
+    assert 3 <= len(begun(config)) <= 5  # those that ran beside the third one end
+    with pytest.raises(ValueError, match="--no-resume"):
+        run_study(replace(config, resume=False))
+    with pytest.raises(ValueError, match=r"eval_samples was 100, is 9"):
+        run_study(replace(config, eval_samples=9))
+
+
+def test_ask_marks_impossible_settings_as_failed(stub_config: StudyConfig, tmp_path: Path) -> None:
+    launcher = Launcher(space_of(stub_config, tmp_path), f"sqlite:///{stub_config.folder}/study.db")
+    launcher.plan = launcher.plan._replace(suggest=lambda trial: {"spike_factor": 0.5})
+    trial = launcher._ask()
+    assert trial
+    launcher._start(trial, 0, {})
+    (frozen,) = launcher.study.trials
+    assert outcome_of(frozen) == "failed" and "impossible settings: spike_factor" in frozen.user_attrs["reason"]
+
+
+def test_run_study_of_a_grid_trains_each_variant_at_each_seed(stub_config: StudyConfig, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("faster: {learning_rate: 3.0e-3}\n")
+    study = run_study(replace(stub_config, grid=tmp_path / "grid.yaml", seeds=1, jobs=2))
+    assert cells_frame(study)[["variant", "seed"]].to_numpy().tolist() == [["defaults", 0], ["faster", 0]]
+    frame = variants_frame(study)
+    assert frame.difference["faster"] == pytest.approx(50 * (3e-3 - SummaryTrainingConfig().learning_rate))
+    assert frame.pairs.tolist() == [0, 1] and frame.defaults_better.tolist() == [0, 0]
+    assert default_trial(study) == study.trials[0]
+
+
+@pytest.mark.heavy
+def test_run_study_stops_when_its_time_is_up_and_resumes(stub_config: StudyConfig) -> None:
+    assert stub_config.training_config
+    stub_config.training_config.write_text("weight_decay: 8.0\n")
+    config = replace(stub_config, trials=1)
+    run_study(replace(config, timeout=7 / 3600))
+    assert outcome_of(begun(config)[0]) == "timed out"
+    first, again = check_ended_once(run_study(config), config)
+    assert again.params == first.params and again.user_attrs["resumed"] == 1
+
+
+@pytest.mark.heavy
+def test_run_study_lets_trials_end_at_the_first_interrupt_and_stops_them_at_the_second(
+    stub_config: StudyConfig,
+) -> None:
+    assert stub_config.training_config
+    stub_config.training_config.write_text("weight_decay: 3.0\n")
+
+    def interrupt(number: int, times: int) -> str:
+        launcher = start(stub_config)
+        wait_for(lambda: (stub_config.folder / f"trial-{number:04d}" / "adapter_step_1.safetensors").is_file())
+        for _ in range(times):
+            launcher.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        assert launcher.wait(60) == 0
+        return outcome_of(begun(stub_config)[number])
+
+    assert interrupt(0, 1) == "complete" and len(begun(stub_config)) == 1
+    assert interrupt(1, 2) == "interrupted"
+    trials = check_ended_once(run_study(stub_config), stub_config)
+    assert trials[2].params == trials[1].params and trials[2].user_attrs["resumed"] == 1
+
+
+@pytest.mark.heavy
+def test_run_study_with_wandb_logs_a_run_of_the_study(stub_config: StudyConfig) -> None:
+    config = replace(stub_config, trials=5, jobs=2, wandb=True, project="p")
+    assert start(config, WANDB_MODE="offline").wait(240) == 0
+    (log,) = config.folder.glob("wandb/offline-run-*/run-*.wandb")
+    run = read_run(log)
+    assert (run.project, run.name, run.group) == ("p", "tiny", "tiny")
+    study = open_study(config)
+    best = [row["study/best_so_far"] for row in run.history]
+    assert best == sorted(best) and best[-1] == study.best_value
+    shares = {name.removeprefix("importance/"): v for name, v in run.history[-1].items() if "importance" in name}
+    assert shares == pytest.approx(importance(study)) and shares.keys() == study.best_params.keys()
+    settings = json.loads((config.folder / "trial-0003" / "settings.json").read_text())
+    assert (settings["wandb_project"], settings["wandb_group"], settings["use_wandb"]) == ("p", "tiny", True)
+    assert settings["wandb_run_name"] == "tiny-trial-0003"
+
+
+@pytest.mark.heavy
+def test_serve_dashboard_is_for_this_machine_alone_and_shows_note_and_notebook(stub_config: StudyConfig) -> None:
+    study = run_study(replace(stub_config, trials=1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--study-name", stub_config.study_name, "--checkpoint-dir", str(stub_config.checkpoint_dir)]
+    server = subprocess.Popen([sys.executable, "-m", "elmlib.cli", "dashboard", *flags, "--port", str(port)])
+    try:
+        wait_for(lambda: psutil.Process(server.pid).net_connections("inet"))
+        assert {each.laddr.ip for each in psutil.Process(server.pid).net_connections("inet")} == {"127.0.0.1"}
+
+        def get(path: str) -> bytes:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.read()
+
+        (trial,) = json.loads(get(f"/api/studies/{study._study_id}?after=0"))["trials"][:1]
+        note = trial["note"]["body"]
+        assert "**complete**" in note and "| BERTScore F1 | " in note
+        (link,) = re.findall(r"\[stub\.ipynb\]\((.+)\)", note)
+        assert json.loads(get(link))["cells"]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_submit_launchers_needs_postgres(stub_config: StudyConfig) -> None:
+    with pytest.raises(ValueError, match="PostgreSQL"):
+        submit_launchers(stub_config)
+
+
+@pytest.mark.heavy
+def test_submit_launchers_run_the_study_together(
+    stub_config: StudyConfig, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELM_STUDY_STORAGE", postgres)
+    config = replace(stub_config, study_name="cluster", trials=4, jobs=2, slurm=True, slurm_cluster="local")
+    assert start(config).wait(60) == 0
+    wait_for(lambda: (config.folder / "cluster_results.json").is_file() and len(begun(config)) >= 4, 180)
+    wait_for(lambda: all(trial.state.is_finished() for trial in open_study(config).trials))
+    check_ended_once(open_study(config), config)
