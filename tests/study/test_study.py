@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,19 +176,29 @@ def test_run_study_with_wandb_logs_a_run_of_the_study(stub_config: StudyConfig) 
     assert settings["wandb_run_name"] == "tiny-trial-0003"
 
 
-@pytest.mark.heavy
-def test_serve_dashboard_is_for_this_machine_alone_and_shows_note_and_notebook(stub_config: StudyConfig) -> None:
-    study = run_study(replace(stub_config, trials=1))
+@contextmanager
+def dashboard(config: StudyConfig) -> Iterator[tuple[int, str]]:
+    """`elm dashboard` in a process of its own: its process id and address, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = ["--study-name", stub_config.study_name, "--checkpoint-dir", str(stub_config.checkpoint_dir)]
+    flags = ["--study-name", config.study_name, "--checkpoint-dir", str(config.checkpoint_dir)]
     server = subprocess.Popen([sys.executable, "-m", "elmlib.cli", "dashboard", *flags, "--port", str(port)])
     try:
         wait_for(lambda: psutil.Process(server.pid).net_connections("inet"))
-        assert {each.laddr.ip for each in psutil.Process(server.pid).net_connections("inet")} == {"127.0.0.1"}
+        yield server.pid, f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.heavy
+def test_serve_dashboard_is_for_this_machine_alone_and_shows_note_and_notebook(stub_config: StudyConfig) -> None:
+    study = run_study(replace(stub_config, trials=1))
+    with dashboard(stub_config) as (pid, address):
+        assert {each.laddr.ip for each in psutil.Process(pid).net_connections("inet")} == {"127.0.0.1"}
 
         def get(path: str) -> bytes:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            with urllib.request.urlopen(address + path, timeout=10) as answer:
                 return answer.read()
 
         (trial,) = json.loads(get(f"/api/studies/{study._study_id}?after=0"))["trials"][:1]
@@ -193,9 +206,43 @@ def test_serve_dashboard_is_for_this_machine_alone_and_shows_note_and_notebook(s
         assert "**complete**" in note and "| BERTScore F1 | " in note
         (link,) = re.findall(r"\[stub\.ipynb\]\((.+)\)", note)
         assert json.loads(get(link))["cells"]
-    finally:
-        server.terminate()
-        server.wait()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (Debian: apt-get install chromium)")
+def test_serve_dashboard_shows_a_trials_curves_and_summaries_in_a_browser(
+    study_config: StudyConfig, tmp_path: Path
+) -> None:
+    study = run_study(replace(study_config, trials=1))
+    (trial,) = study.trials
+    picture = tmp_path / "trial.png"
+    with dashboard(study_config) as (_, address):
+        flags = ["--headless", "--no-sandbox", "--virtual-time-budget=20000", "--dump-dom", f"--screenshot={picture}"]
+        page = f"{address}/dashboard/studies/{study._study_id}/trials?numbers=0"
+        command = ["chromium", *flags, page]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = re.sub("<[^>]*>", " ", dom)
+    for words in (
+        "Trial 0",
+        "Complete",
+        "best evaluation",
+        "BERTScore F1",
+        "shuffled",
+        "samples.csv",
+        "02_train.ipynb",
+    ):
+        assert words in shown, words
+    assert f"{trial.user_attrs['bertscore_f1']:.3f}" in shown
+    assert re.search(r'<img[^>]+src="/artifacts/', dom), "no picture of the curves"
+    assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.heavy
+def test_run_study_trains_and_scores_the_same_for_one_seed(study_config: StudyConfig) -> None:
+    config = replace(study_config, trials=3, startup_trials=1, warmup_reports=0)
+    one, other = (run_study(replace(config, study_name=name)).trials for name in ("one", "other"))
+    for name in ("params", "values", "state", "intermediate_values"):
+        assert [getattr(trial, name) for trial in one] == [getattr(trial, name) for trial in other], name
 
 
 def test_submit_launchers_needs_postgres(stub_config: StudyConfig) -> None:
