@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -87,14 +88,20 @@ def naive_bertscore(
     return BERTScores(*(values.double().numpy() for values in (precision, recall, f1)))
 
 
-def naive_filter(source: Path, target: Path, task: str) -> int:
-    """Keep the lines of one task: a json.loads loop that checks nothing. Returns how many."""
+def naive_filter(lines: Path, vectors: Path, out: Path, task: str) -> int:
+    """`filter_corpus` for one split, without a check: parse each line, keep the task's, renumber their vectors.
+
+    Writes two files of the same names into the folder `out`. Returns how many records it kept.
+    """
+    embeddings = load_file(vectors)["embeddings"]
+    numbers: dict[int, int] = {}
     kept = 0
-    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
-        for line in lines:
+    with open(lines, encoding="utf-8") as file, open(out / lines.name, "w", encoding="utf-8") as written:
+        for line in file:
             record = json.loads(line)
             if record["task_type"] == task:
-                record["embedding_index"] = kept
-                out.write(json.dumps(record) + "\n")
+                record["embedding_index"] = numbers.setdefault(record["embedding_index"], len(numbers))
+                written.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kept += 1
+    save_file({"embeddings": embeddings[list(numbers)]}, out / vectors.name)
     return kept

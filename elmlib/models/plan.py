@@ -1,66 +1,84 @@
-"""`elm plan`: the memory and the work of a training step, by a closed formula of the LLM's config.json alone.
+"""`elm plan`: memory and work of a training step, by a closed formula of the LLM's config.json alone.
 
-It counts what autograd keeps in the decoder layers of transformers (Llama, Qwen3 and others of their shape): the LLM is
-frozen, so a linear layer keeps nothing, a norm its float32 input, attention its queries, keys, values and output, the
-gated MLP three tensors. A test compares it with a measured step.
+The LLM is frozen, so autograd keeps for the backward pass of a decoder layer (transformers' Llama, Qwen3 and the like):
+the norms' float32 inputs, queries, keys, values, the attention's output and three tensors of the gated MLP. A linear
+layer keeps nothing. Tests compare the formula with traces of the training code and with a measured step.
 """
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig
-from elmlib.models.pretrained import ALIASES, find
+from elmlib.models.pretrained import ALIASES, locate
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 GIB = 2**30
-MARGIN = 1.1
-"""On everything: fragmentation of the allocator, and the formula's own error."""
-CONTEXT_BYTES = GIB // 2
-"""CUDA's context and kernels; an assumption, not measured."""
-
+MARGIN = 1.1  # factor on all totals: fragmentation of the allocator, and the formula's own error
+CONTEXT_BYTES = GIB // 2  # CUDA's context and kernels; an assumption, not measured
+NORMS = dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"), 2)
+NORMS |= {"gemma3_text": 4, "glm4": 4}
+"""Model types whose layers the formula describes -> norms over the hidden size in each layer."""
 _CHUNK = 512  # positions whose logits are in memory at a time: CHUNK of training/losses.py, which would load torch
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "mpnet", "deberta", "deberta-v2")
-_QWEN3_4B = {
-    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, "model_type": "qwen3",
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    OFFLINE_LLM: {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "tie_word_embeddings": True, "model_type": "llama", "vocab_size": 49152,
-    },
-    OFFLINE_EMBEDDER: {
-        "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
-        "model_type": "bert", "vocab_size": 30522,
-    },
-    "Qwen/Qwen3-4B-Instruct-2507": {"vocab_size": 151936, **_QWEN3_4B},
-    "Qwen/Qwen3-Embedding-4B": {"vocab_size": 151665, **_QWEN3_4B},
-    "microsoft/deberta-xlarge-mnli": {  # bert_score reads its layer 40 and drops the eight after it
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 16,
-        "model_type": "deberta", "vocab_size": 50265,
-    },
-}  # fmt: skip
-"""The config.json of the default models and the guide's, for plans before any download."""
+_UNITS = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
+
+
+class Shape(NamedTuple):
+    """The sizes of a model, named as in its config.json."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def attention(self) -> tuple[int, int]:
+        """Sizes of all queries and of all keys of a token."""
+        dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.num_attention_heads * dim, (self.num_key_value_heads or self.num_attention_heads) * dim
+
+    @property
+    def parameters(self) -> int:
+        """Weights of a decoder with a gated MLP or, for other model types, of an encoder such as BERT."""
+        hidden, inner, layers, table = self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size
+        if self.model_type in NORMS:
+            layer = hidden * (2 * sum(self.attention) + 3 * inner + 2)
+            return layers * layer + table * hidden * (1 if self.tie_word_embeddings else 2) + hidden
+        products = 6 if self.model_type.startswith("deberta") else 4  # DeBERTa: keys and queries of positions too
+        return layers * hidden * (products * hidden + 2 * inner) + (table + 512) * hidden
+
+
+_QWEN3_4B = Shape("qwen3", 2560, 9728, 36, 32, 151936, 8, 128, True)
+SHAPES = {
+    OFFLINE_LLM: Shape("llama", 576, 1536, 30, 9, 49152, 3, 64, True),
+    OFFLINE_EMBEDDER: Shape("bert", 384, 1536, 6, 12, 30522),
+    "Qwen/Qwen3-4B-Instruct-2507": _QWEN3_4B,
+    "Qwen/Qwen3-Embedding-4B": _QWEN3_4B._replace(vocab_size=151665),
+    "microsoft/deberta-xlarge-mnli": Shape("deberta", 1024, 4096, 40, 16, 50265),  # of 48 layers bert_score keeps 40
+}
+"""The default models and the guide's: their estimates need no download."""
 
 
 class StepPlan(NamedTuple):
-    """Memory of one training step, bytes, without MARGIN."""
+    """One training step: bytes, without MARGIN, and operations."""
 
     llm: int
-    adapter: int
-    """Its weights and AdamW's two moments, float32."""
-    prefix: int
-    """Keys and values of the prompt, one copy a row."""
-    activations: int
-    """What the forward pass keeps for the backward pass."""
-    losses: int
-    """The most that the losses or the adapter's gradients hold beyond that."""
-    flops: float
-    """Floating-point operations of the matrix products, forward and backward."""
+    adapter: int  # weights and AdamW's two moments, float32
+    prefix: int  # keys and values of the prompt, one copy a row
+    activations: int  # kept from the forward pass for the backward pass
+    losses: (
+        int  # the most beyond these at any moment: logits, drift loss, a recomputed layer or the adapter's gradients
+    )
+    flops: float  # of all matrix products, forward and backward
 
     @property
     def step(self) -> int:
@@ -72,170 +90,121 @@ class Plan(NamedTuple):
     """The estimates of `elm plan`."""
 
     config: PlanConfig
-    shape: dict[str, Any]
-    evaluation: int
-    """Bytes of the embedder and of BERTScore's encoder, which stay on the card between evaluations."""
+    shape: Shape
+    evaluation: int  # bytes of the embedder and of BERTScore's encoder, which stay on the card between evaluations
 
     def estimate(self, batch_size: int, checkpointing: bool) -> StepPlan:
         """One step of `batch_size` rows."""
         return plan_step(self.config, self.shape, batch_size, checkpointing)
 
     def card_bytes(self, batch_size: int, checkpointing: bool) -> float:
-        """What a card must have: step, evaluation models, margin and CUDA's context."""
+        """Memory that a card needs: step, evaluation models, margin and CUDA's context."""
         return MARGIN * (self.estimate(batch_size, checkpointing).step + self.evaluation) + CONTEXT_BYTES
 
     def summary(self) -> str:
-        """The models and the work of a step."""
-        config = self.config
-        plain, checkpointed = (self.estimate(config.batch_size, way).flops / 1e12 for way in (False, True))
+        """The models, the work of a step and what the totals include."""
+        steps = [self.estimate(self.config.batch_size, way) for way in (False, True)]
         return (
-            f"{config.llm_model_name}: {_decoder_parameters(self.shape):,} parameters, frozen; adapter: "
-            f"{_adapter_parameters(config, self.shape):,}\none step of {config.batch_size} rows of "
-            f"{config.answer_tokens} answer tokens: {plain:.3g} TFLOP, {checkpointed:.3g} with gradient checkpointing\n"
-            f"All totals include {MARGIN - 1:.0%} margin and {CONTEXT_BYTES / GIB:.1f} GiB for CUDA's context. A card "
-            "without bfloat16 (T4, V100) needs the float32 LLM: --no-bf16."
+            f"{self.config.llm_model_name}: {self.shape.parameters:,} parameters, frozen; adapter: "
+            f"{steps[0].adapter // 12:,}\none step of {self.config.batch_size} rows of {self.config.answer_tokens} "
+            f"answer tokens: {steps[0].flops / 1e12:.3g} TFLOP, {steps[1].flops / 1e12:.3g} with gradient checkpointing"
+            f"\nAll totals include {MARGIN - 1:.0%} margin and {CONTEXT_BYTES / GIB:.1f} GiB for CUDA's context. A "
+            "card without bfloat16 (T4, V100) needs the float32 LLM: --no-bf16."
         )
 
-    def to_frame(self) -> "pandas.DataFrame":
-        """GiB by part for `batch_size`, then the total for other batch sizes; plain and with checkpointing."""
+    def to_frame(self) -> "DataFrame":
+        """GiB by part for the config's batch size, then the total for other sizes; plain and with checkpointing."""
         import pandas
 
-        steps = {way: self.estimate(self.config.batch_size, way) for way in (False, True)}
-        rows: dict[str, list[float]] = {
-            label: [getattr(steps[way], name) / GIB for way in (False, True)]
-            for name, label in (
-                ("llm", "LLM, frozen"), ("adapter", "adapter and AdamW's moments"),
-                ("prefix", "keys and values of the prompt"), ("activations", "activations"),
-                ("losses", "logits, losses, gradients"),
-            )
-        }  # fmt: skip
+        steps = [self.estimate(self.config.batch_size, way) for way in (False, True)]
+        labels = ("LLM, frozen", "adapter and AdamW's moments", "keys and values of the prompt", "activations")
+        rows = {
+            label: [step[i] / GIB for step in steps] for i, label in enumerate((*labels, "logits, losses, gradients"))
+        }
         rows["embedder and BERTScore encoder"] = [self.evaluation / GIB] * 2
         for size in sorted({*_BATCH_SIZES[:6], self.config.batch_size}):
             rows[f"total, batch size {size}"] = [self.card_bytes(size, way) / GIB for way in (False, True)]
         return pandas.DataFrame(rows, index=["plain, GiB", "checkpointing, GiB"]).T.round(2)
 
-    def fits_frame(self) -> "pandas.DataFrame":
+    def fits_frame(self) -> "DataFrame":
         """The largest batch size that fits each card; 0 where none does."""
         import pandas
 
-        rows = {
-            card: [
-                max((size for size in _BATCH_SIZES if self.card_bytes(size, way) <= parse_memory(card)), default=0)
-                for way in (False, True)
-            ]
-            for card in self.config.gpu_memory
-        }
+        def largest(card: str, way: bool) -> int:
+            return max((n for n in _BATCH_SIZES if self.card_bytes(n, way) <= parse_memory(card)), default=0)
+
+        rows = {card: [largest(card, way) for way in (False, True)] for card in self.config.gpu_memory}
         return pandas.DataFrame(rows, index=["largest batch, plain", "largest batch, checkpointing"]).T
 
 
 def plan_training(config: PlanConfig) -> Plan:
-    """Estimate a training step. Raises FileNotFoundError for a model without a config, ValueError for one whose layers
-    the formula does not describe (a mixture of experts)."""
-    shape = read_shape(config.llm_model_name)
-    if kind := next((name for name in ("num_experts", "num_local_experts", "n_routed_experts") if shape.get(name)), ""):
-        raise ValueError(f"{config.llm_model_name} is a mixture of experts ({kind}), which `elm plan` cannot estimate")
-    evaluation = 0
+    """Estimate a training step. Raises as `read_shape`, and ValueError for an LLM whose layers the formula does not
+    describe, such as a mixture of experts."""
+    shape, evaluation = read_shape(config.llm_model_name), 0
+    if shape.model_type not in NORMS:
+        raise ValueError(f"{config.llm_model_name} is a {shape.model_type!r}; `elm plan` knows {', '.join(NORMS)}")
     if config.evaluation_device != "cpu":
-        evaluation = (2 if config.bf16 else 4) * _parameters(read_shape(config.embedding_model_name))
-        evaluation += 4 * _parameters(read_shape(config.bertscore_model))
+        evaluation = (2 if config.bf16 else 4) * read_shape(config.embedding_model_name).parameters
+        evaluation += 4 * read_shape(config.bertscore_model).parameters
     return Plan(config, shape, evaluation)
 
 
-def plan_step(config: PlanConfig, shape: dict[str, Any], batch_size: int, checkpointing: bool) -> StepPlan:
+def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: bool) -> StepPlan:
     """The closed formula: bytes and operations of one optimizer step of `batch_size` full rows."""
-    hidden, inner, layers, vocab = (
-        shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    heads, queries, keys = _attention(shape)
-    width, bf16 = (2 if config.bf16 else 4), config.bf16
-    own = config.num_soft_tokens + config.answer_tokens - 1  # of a row; the prompt's are shared unless recomputed
+    kind, hidden, inner, layers, heads, vocab, *_ = shape
+    queries, keys = shape.attention
+    width, rows, positions = (2 if config.bf16 else 4), batch_size, batch_size * config.answer_tokens
+    own = config.num_soft_tokens + config.answer_tokens - 1  # tokens of a row after the prompt
     seen = own + config.prompt_tokens  # tokens that attention reads
-    rows, positions = batch_size, batch_size * config.answer_tokens
-    trained = _adapter_parameters(config, shape)
+    run = seen if checkpointing else own  # tokens of a row in each layer: the prompt's are cached, or computed again
+    trained = (config.embedding_dim + 1) * config.hidden_dim + hidden
+    trained += (config.embedding_dim + config.hidden_dim + 2) * config.num_soft_tokens * hidden
 
-    per_token = 2 * 4 * hidden + width * (2 * queries + 3 * inner)  # two norms; q and attention's output; the MLP
-    if shape.get("model_type") in ("qwen3", "gemma3_text"):
-        per_token += 4 * (queries + keys)  # norms of queries and keys
-    layer = rows * (own * per_token + 2 * width * queries * seen)  # keys and values, repeated for all heads
+    per_token = 4 * hidden * NORMS[kind] + width * (2 * queries + 3 * inner)
+    per_token += 4 * (queries + keys) if kind in ("qwen3", "gemma3_text") else 0  # norms of queries and keys
+    layer = rows * (run * per_token + 2 * width * queries * seen)  # with keys and values repeated for all heads
     if config.fused_attention:
-        layer += rows * own * (width * seen + 4 * heads)  # the mask, and the log of each sum
+        layer += rows * run * (width * seen + 4 * heads)  # the mask, and the log of each sum
     else:
-        layer += rows * own * ((4 + (2 if bf16 else 0)) * heads * seen - width * queries)  # the weights, no output
-    prefix = 2 * width * keys * layers * rows * config.prompt_tokens
-    activations = layers * layer - prefix
-    linear = hidden * (2 * queries + 2 * keys + 3 * inner)
-    work = 4.0 * rows * own * layers * linear + 12 * rows * own * seen * queries * layers
-    if (
-        checkpointing
-    ):  # every layer keeps its input alone, for the prompt's tokens too; all but its last product is redone
+        layer += rows * run * ((6 if config.bf16 else 4) * heads * seen - width * queries)  # the weights, no output
+    if checkpointing:  # every layer keeps its input alone; in the backward pass it is run again, gradients beside it
         prefix, activations = 0, rows * seen * hidden * (layers * width + 8)
-        work = 2.0 * rows * seen * layers * (3 * linear - hidden * inner) + 16 * rows * seen**2 * queries * layers
-    chunks = -(-positions // _CHUNK)
-    chunk = 4 * vocab * -(-positions // chunks)
-    logits = chunk * ((2.5 if bf16 else 2) + (chunks > 1))  # from the second chunk on, the one before is alive
-    gathered = positions * config.drift_top_k * hidden * (6 if bf16 else 4)  # token embeddings in the drift loss
-    losses = max(int(logits), gathered, 4 * trained - activations)
-    work += 4.0 * positions * vocab * hidden
-    llm = width * _decoder_parameters(shape)
-    return StepPlan(llm, 12 * trained, prefix, activations, losses, work)
+        again = layer + rows * run * width * 5 * inner // 2
+    else:
+        prefix, again = 2 * width * keys * layers * rows * config.prompt_tokens, 0
+        activations = layers * layer - prefix
+    chunks = -(-positions // _CHUNK)  # from the second chunk on, the one before it is still in memory
+    logits = 4 * vocab * -(-positions // chunks) * ((2.5 if config.bf16 else 2) + (chunks > 1))
+    gathered = positions * config.drift_top_k * hidden * (6 if config.bf16 else 4)  # token embeddings, drift loss
+    losses = max(int(logits), gathered, again, 4 * trained - activations)
+
+    linear = hidden * (2 * queries + 2 * keys + 3 * inner)
+    work = 4 * linear + 12 * seen * queries  # per token and layer: forward, and backward to the inputs alone
+    work += 2 * (linear - hidden * inner) + 4 * seen * queries if checkpointing else 0  # all but the last product again
+    flops = float(rows * run * layers * work + 4 * positions * vocab * hidden)
+    return StepPlan(width * shape.parameters, 12 * trained, prefix, activations, losses, flops)
 
 
 def parse_memory(text: str) -> float:
     """Bytes of `16GiB`, `40GB` or a plain number of bytes; raises ValueError for anything else."""
-    for unit, size in (("GiB", GIB), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6), ("", 1)):
-        if text.endswith(unit):
-            try:
-                return float(text.removesuffix(unit)) * size
-            except ValueError:
-                break
-    raise ValueError(f"memory {text!r}; expected a size such as 16GiB or 40GB")
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB|)", text)):
+        raise ValueError(f"memory {text!r}; expected a size such as 16GiB or 40GB")
+    return float(match[1]) * _UNITS[match[2]]
 
 
-def read_shape(name: str) -> dict[str, Any]:
-    """The config.json of a model: of its folder, one of SHAPES, of the hub's cache, or of the hub.
+def read_shape(name: str) -> Shape:
+    """The sizes of a model: from SHAPES, or the config.json of a local folder, of the hub's cache or of the hub.
 
-    Raises FileNotFoundError for a model that is in none of these places.
+    Raises FileNotFoundError as `locate` does, and ValueError for a config without the sizes that the formula needs.
     """
-    name = ALIASES.get(name, name)
-    if name in SHAPES:
-        return SHAPES[name]
-    folder = find(name)
-    if Path(folder).is_dir():
-        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    if shape := SHAPES.get(ALIASES.get(name, name)) or SHAPES.get(name.lower()):
+        return shape
+    path = Path(locate(name), "config.json")
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
 
-    try:
-        return json.loads(Path(hf_hub_download(folder, "config.json")).read_text(encoding="utf-8"))
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"no config.json of {name!r}: no such folder, and the hub gave none ({error})"
-        ) from error
-
-
-def _attention(shape: dict[str, Any]) -> tuple[int, int, int]:
-    """Heads, and the sizes of all queries and of all keys of a token."""
-    heads = shape["num_attention_heads"]
-    dim = shape.get("head_dim") or shape["hidden_size"] // heads
-    return heads, heads * dim, (shape.get("num_key_value_heads") or heads) * dim
-
-
-def _parameters(shape: dict[str, Any]) -> int:
-    if shape.get("model_type") not in _ENCODERS:
-        return _decoder_parameters(shape)
-    hidden, relative = shape["hidden_size"], str(shape["model_type"]).startswith("deberta")
-    layer = (6 if relative else 4) * hidden**2 + 2 * hidden * shape["intermediate_size"]  # with relative positions
-    return shape["num_hidden_layers"] * layer + (shape["vocab_size"] + 512) * hidden
-
-
-def _decoder_parameters(shape: dict[str, Any]) -> int:
-    _, queries, keys = _attention(shape)
-    hidden, table = shape["hidden_size"], shape["vocab_size"] * shape["hidden_size"]
-    layer = hidden * (2 * queries + 2 * keys + 3 * shape["intermediate_size"]) + 2 * hidden
-    return shape["num_hidden_layers"] * layer + table * (1 if shape.get("tie_word_embeddings") else 2) + hidden
-
-
-def _adapter_parameters(config: PlanConfig, shape: dict[str, Any]) -> int:
-    out, llm_dim = config.num_soft_tokens * shape["hidden_size"], shape["hidden_size"]
-    linear = (config.embedding_dim + 1) * out
-    return linear + (config.embedding_dim + 1) * config.hidden_dim + (config.hidden_dim + 1) * out + llm_dim
+        path = Path(hf_hub_download(locate(name), "config.json"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if missing := [key for key in Shape._fields[:6] if not config.get(key)]:
+        raise ValueError(f"{path}: no {', '.join(missing)}, which `elm plan` needs; it cannot estimate this model")
+    return Shape(**{key: config[key] for key in Shape._fields if key in config})

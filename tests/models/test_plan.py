@@ -1,14 +1,28 @@
 """The closed formula of `elm plan` agrees with traces of the code that trains, and with a measured step."""
 
+import ctypes
+import json
+import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from elmlib.config import PlanConfig
-from elmlib.models.plan import GIB, parse_memory, plan_step, plan_training, read_shape
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig, SummaryTrainingConfig
+from elmlib.data import Batch, PromptIds
+from elmlib.models import build_model
+from elmlib.models.adapter import LinearMap
+from elmlib.models.plan import GIB, SHAPES, Shape, parse_memory, plan_step, plan_training, read_shape
+from elmlib.training.drift import DriftReadout
+from elmlib.training.losses import compute_losses, total_loss
 
 SMALL = PlanConfig()
 LARGE = PlanConfig(llm_model_name="Qwen/Qwen3-4B-Instruct-2507", embedding_dim=2560)
@@ -60,10 +74,99 @@ def test_fits_frame_holds_margin_and_context_and_grows_with_the_card() -> None:
     assert estimate.card_bytes(plain[2], False) <= 40 * GIB < estimate.card_bytes(2 * plain[2], False)
 
 
-def test_plan_refuses_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("elmlib.models.plan").models.plan.SHAPES, "moe", {"num_experts": 8})
-    with pytest.raises(ValueError, match="moe is a mixture of experts"):
-        plan_training(replace(SMALL, llm_model_name="moe"))
+@pytest.mark.parametrize(
+    ("kind", "is_bf16", "checkpointing", "peak"),
+    [
+        ("llama", False, False, 83.40), ("llama", False, True, 50.23), ("llama", True, True, 27.84),
+        ("qwen3", False, False, 87.69), ("qwen3", True, True, 29.04), ("phi3", True, False, 49.54),
+        ("gemma3_text", False, False, 93.42), ("gemma3_text", True, True, 31.01), ("glm4", True, False, 56.25),
+    ],
+)  # fmt: skip
+def test_plan_step_equals_a_trace_where_activations_decide(
+    kind: str, is_bf16: bool, checkpointing: bool, peak: float
+) -> None:
+    shape = Shape(kind, 256, 768, 6, 8, 1000, 2, 32, tie_word_embeddings=kind == "gemma3_text")
+    config = PlanConfig(hidden_dim=32, embedding_dim=64, drift_top_k=1, answer_tokens=64, bf16=is_bf16)
+    assert plan_step(config, shape, 8, checkpointing).step / 2**20 == pytest.approx(peak, rel=0.05)
+
+
+def test_plan_refuses_models_that_the_formula_does_not_describe(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for config, message in (
+        ({"model_type": "qwen3_moe", "vocab_size": 8, **sizes}, "is a 'qwen3_moe'; `elm plan` knows llama, "),
+        ({"model_type": "gpt2", "n_embd": 8}, "no hidden_size, intermediate_size, num_hidden_layers"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            plan_training(replace(SMALL, llm_model_name=str(tmp_path)))
+
+
+def test_read_shape_of_a_folder_is_that_of_the_loaded_model(tiny_llm: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llm)
+    assert read_shape(str(tiny_llm)).parameters == sum(weight.numel() for weight in loaded.parameters())
+
+
+def test_shapes_have_the_parameters_of_their_models() -> None:
+    # counted in the models that transformers builds of their configs
+    counts = {
+        OFFLINE_EMBEDDER: 22713216,
+        "Qwen/Qwen3-Embedding-4B": 4021774336,
+        "microsoft/deberta-xlarge-mnli": 640781312,
+    }
+    counts |= {OFFLINE_LLM: 134515008, "Qwen/Qwen3-4B-Instruct-2507": 4022468096}
+    assert {name: shape.parameters for name, shape in SHAPES.items()} == pytest.approx(counts, rel=0.01)
+
+
+_MALLOPT_MMAP_THRESHOLD = -3  # mallopt(3)
+
+
+def measure_step(config: SummaryTrainingConfig, data: Batch) -> int:
+    """Peak resident bytes of the second step beyond those before the LLM was loaded; runs in a fresh process."""
+    # Freed tensors then go back to the system at once, and resident memory is memory in use.
+    ctypes.CDLL(None).mallopt(_MALLOPT_MMAP_THRESHOLD, 1 << 16)
+    torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads, whose stacks are no part of the step
+    before = _status("VmRSS")
+    model = build_model(config, torch.device("cpu"))
+    to_embedding = LinearMap(torch.randn(config.embedding_dim, model.table.shape[1]), torch.zeros(config.embedding_dim))
+    idf = torch.ones(len(model.table))
+    parts: Any = SimpleNamespace(  # all that the losses read, with random maps in the place of fitted ones
+        model=model, warm_start=SimpleNamespace(idf=idf), drift_head=DriftReadout(model.table, idf, to_embedding)
+    )
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-5, fused=True)
+    first = data._replace(embeddings=data.embeddings[:1], labels=data.labels[:1, :1], sources=data.sources[:1])
+    for batch in (first, data):  # the first makes AdamW's moments and reads the prompt
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
+        counts = {"token": batch.num_tokens, "row": len(batch.labels)}
+        total_loss(compute_losses(parts, batch, config), counts, config).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    # Not getrusage's figure: a process inherits the peak of the one that started it, even through exec.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory of a process in /proc")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_plan_step_is_within_15_percent_of_a_measured_step(checkpointing: bool) -> None:
+    size, length = 8, 48
+    config = SummaryTrainingConfig(use_bf16=False, use_gradient_checkpointing=checkpointing)
+    plan = replace(SMALL, bf16=False, batch_size=size, answer_tokens=length)
+    data = Batch(
+        embeddings=torch.randn(size, config.embedding_dim),
+        labels=torch.randint(49152, (size, length)),
+        sources=torch.arange(size),
+        prompt=PromptIds(list(range(plan.prompt_tokens)), [], 0),
+        rows=[],
+    )
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        measured = pool.submit(measure_step, config, data).result()
+    planned = plan_step(plan, read_shape(plan.llm_model_name), size, checkpointing).step
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("text", "size"), [("16GiB", 16 * GIB), ("40GB", 40e9), ("512", 512)])
