@@ -214,12 +214,14 @@ class _Scorer:
     """Models and data of one config, on which several adapters can be scored."""
 
     def __init__(self, config: SummaryTrainingConfig, split: str, samples: int, device: "torch.device"):
-        from elmlib.data.dataset import load_split
+        from elmlib.data.dataset import load_split, locate_split
         from elmlib.evaluation.bertscore import create_evaluator
         from elmlib.models.elm import build_model
         from elmlib.models.pretrained import encode, load_embedder
         from elmlib.models.warm_start import load_warm_start
 
+        for name in ("train", "val", split):  # before a model is loaded or downloaded: a wrong folder fails at once
+            locate_split(config, name)
         self.config, self.device = config, device
         self.model = build_model(config, device)
         self.train, val = (load_split(config, name, self.model.tokenizer) for name in ("train", "val"))
@@ -228,8 +230,7 @@ class _Scorer:
         self.embed = lambda texts: encode(embedder, texts, config.batch_size)
         references = [self.train.records[row].target_text for row in self.train.subset(1000, config.eval_seed)]
         self.evaluator = create_evaluator(config, references, config.evaluation_device or device)
-        splits = {"train": self.train, "val": val}
-        self.dataset = splits.get(split) or load_split(config, split, self.model.tokenizer)
+        self.dataset = {"train": self.train, "val": val}.get(split) or load_split(config, split, self.model.tokenizer)
         self.rows = self.dataset.subset(samples or len(self.dataset), config.eval_seed)
 
     def baselines(self, path: Path, sampling: "Sampling | None" = None) -> "list[Baseline]":
@@ -242,8 +243,7 @@ class _Scorer:
         adapter = make_adapter(file.config, self.model.table)
         adapter.load_state_dict(file.weights)
         trained = self.model.with_adapter(adapter.to(self.device).eval())
-        started = warm_started_adapter(file.config, self.warm_start, self.model.table).eval()
-        untrained = self.model.with_adapter(started)
+        untrained = self.model.with_adapter(warm_started_adapter(file.config, self.warm_start, self.model.table).eval())
         return list_baselines(
             trained, untrained, self.embed, self.train, self.dataset, self.rows, self.config, sampling
         )

@@ -10,10 +10,10 @@ import torch
 from evaluation.test_metrics import naive_ranks
 
 from elmlib.config import SummaryTrainingConfig
-from elmlib.data.dataset import SummaryDataset, load_split
+from elmlib.data.dataset import SummaryDataset
 from elmlib.data.prompts import PromptIds
 from elmlib.data.records import Record
-from elmlib.evaluation.baselines import Baseline, first_sentence, nearest_summaries, rerank
+from elmlib.evaluation.baselines import Baseline
 from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, BERTScores
 from elmlib.evaluation.report import (
     Report,
@@ -26,25 +26,9 @@ from elmlib.evaluation.report import (
 )
 from elmlib.models.adapter import EmbeddingAdapter, load_adapter, save_adapter
 from elmlib.models.elm import Sampling
-from elmlib.models.pretrained import load_llm
 from elmlib.training.trainer import train
 
 CPU = torch.device("cpu")
-
-
-def test_first_sentence_and_rerank() -> None:
-    assert first_sentence("Opens the\n  file. Then reads it.") == "Opens the file."
-    assert first_sentence("See numpy.ndarray for more") == "See numpy.ndarray for more"
-    vectors = {"x": [1.0, 0.0], "y": [0.0, 1.0]}
-    chosen = rerank(lambda texts: np.array([vectors[t] for t in texts]), [["y", "x", ""], ["", ""]], np.eye(2))
-    assert chosen == ["x", ""]
-
-
-def test_the_nearest_neighbour_of_a_training_vector_is_itself(tiny_config: SummaryTrainingConfig) -> None:
-    train_split = load_split(tiny_config, "train", load_llm(tiny_config.llm_model_name, torch.float32, CPU)[1])
-    rows = [5, 50, 95]
-    found = nearest_summaries(train_split, train_split.vectors(rows).numpy())
-    assert found == [train_split.records[row].target_text for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +232,13 @@ def test_examples_frame_refuses_a_file_without_scores_or_too_short(tmp_path: Pat
         examples_frame(path)
     with pytest.raises(ValueError, match="count is 0"):
         examples_frame(path, 0)
+
+
+def test_score_checkpoint_refuses_a_wrong_folder_before_it_looks_for_the_llm(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path
+) -> None:
+    adapter = EmbeddingAdapter(384, 32, 8, 32, 0.0, 0.1)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, adapter, replace(tiny_config, llm_model_name=str(tmp_path / "no-llm")), 1, "")
+    with pytest.raises(FileNotFoundError, match="no-data"):
+        score_checkpoint(path, str(tmp_path / "no-data"), "test", 0, None, CPU)
