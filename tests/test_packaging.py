@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -70,8 +71,12 @@ def test_every_name_of_a_package_front_is_there() -> None:
 
 @pytest.mark.heavy
 def test_a_wheel_in_an_empty_environment_has_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy: setuptools leaves its build folder beside pyproject.toml
+    shutil.copytree(ROOT / "elmlib", source / "elmlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("elmlib-*.whl")
     venv.create(tmp_path / "env", with_pip=True, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"

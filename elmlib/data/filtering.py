@@ -312,7 +312,7 @@ def _kept_rows(split: _Split) -> Iterator[bytes]:
 def _find_leaks(splits: list[_Split]) -> Iterator[Leak]:
     """What each two splits share of sources and of vectors; the example is the first one of the first split.
 
-    The hashes of str and bytes are 64-bit SipHash, salted anew in each process; nothing outside this process uses them.
+    The hashes are 64-bit SipHash with a random key of this process, so nothing outside this process uses them.
     """
     for kind, field in (("source_id", "source_id"), ("vector", "embedding_index")):
         for pair in combinations(splits, 2):

@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 
 
 logger = logging.getLogger(__name__)
 
-BASELINE_PAIRS = 1000
+BASELINE_TEXTS, BASELINE_PAIRS = 1000, 1000
+"""Training targets from which the baseline is made, and random pairs of them. Equal texts give equal baselines."""
 CACHED_REFERENCES = 2048
 MAX_TOKENS = 512
 """Longest text for a tokenizer that has no limit of its own, such as DeBERTa's."""

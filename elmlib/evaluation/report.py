@@ -206,8 +206,7 @@ def score_baselines(
     copied = next((system.f1 for system in scored if system.name == COPY), None)
     if copied is not None:
         scored = [replace(system, p_copy=permutation_p(system.f1, copied)) for system in scored]
-    ids = tuple(dataset.records[row].source for row in rows)
-    return Report(tuple(scored), ids, tuple(chosen))
+    return Report(tuple(scored), tuple(dataset.records[row].source for row in rows), tuple(chosen))
 
 
 class _Scorer:
@@ -215,7 +214,7 @@ class _Scorer:
 
     def __init__(self, config: SummaryTrainingConfig, split: str, samples: int, device: "torch.device"):
         from elmlib.data.dataset import load_split, locate_split
-        from elmlib.evaluation.bertscore import create_evaluator
+        from elmlib.evaluation.bertscore import BASELINE_TEXTS, create_evaluator
         from elmlib.models.elm import build_model
         from elmlib.models.pretrained import encode, load_embedder
         from elmlib.models.warm_start import load_warm_start
@@ -228,7 +227,8 @@ class _Scorer:
         self.warm_start = load_warm_start(self.train, val, self.model.table, config)
         embedder = load_embedder(config.embedding_model_name, config.evaluation_device or device)
         self.embed = lambda texts: encode(embedder, texts, config.batch_size)
-        references = [self.train.records[row].target_text for row in self.train.subset(1000, config.eval_seed)]
+        chosen = self.train.subset(BASELINE_TEXTS, config.eval_seed)
+        references = [self.train.records[row].target_text for row in chosen]
         self.evaluator = create_evaluator(config, references, config.evaluation_device or device)
         self.dataset = {"train": self.train, "val": val}.get(split) or load_split(config, split, self.model.tokenizer)
         self.rows = self.dataset.subset(samples or len(self.dataset), config.eval_seed)

@@ -219,7 +219,7 @@ class Launcher:
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _beat(self) -> None:
-        """Give signs of life, and kill each trial that another launcher has taken for lost."""
+        """Record the heartbeats, and kill each trial that another launcher has marked as lost."""
         if time.monotonic() < self.beaten + self.config.heartbeat / 3:
             return
         self.beaten = time.monotonic()
@@ -230,7 +230,7 @@ class Launcher:
             number = process.trial._trial_id
             patiently(lambda number=number: self.storage.record_heartbeat(number))  # type: ignore[misc]
             if patiently(lambda number=number: self.storage.get_trial(number)).state.is_finished():  # type: ignore[misc]
-                logger.warning("another launcher took trial %d for lost and runs it again", process.trial.number)
+                logger.warning("another launcher marked trial %d as lost and runs it again", process.trial.number)
                 process.kill()
                 del self.running[slot]
 
@@ -242,7 +242,7 @@ class Launcher:
             fail_stale_trials(self.study)
             trials = self.study.get_trials(deepcopy=False)
             for trial in trials:
-                # Its launcher ended before the first sign of life, and without one it would never count as lost.
+                # Its launcher ended before the first heartbeat, and without one it would never count as lost.
                 if trial.state == TrialState.RUNNING and LAUNCHER not in trial.user_attrs:
                     self.storage.record_heartbeat(trial._trial_id)
                     self.storage.set_trial_user_attr(trial._trial_id, LAUNCHER, "none")

@@ -63,7 +63,7 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def open_storage(address: str, heartbeat: int = 30) -> RDBStorage:
-    """The storage at a SQLAlchemy URL; `heartbeat` is the seconds between signs of life of a running trial. Raises
+    """The storage at a SQLAlchemy URL; `heartbeat` is the seconds between the heartbeats of a running trial. Raises
     ValueError for an address that is no URL or whose driver is missing, without its password."""
     try:
         url = make_url(address)

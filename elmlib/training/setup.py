@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset, epoch_batches, load_split, locate_split
-from elmlib.evaluation.bertscore import BERTScoreEvaluator, create_evaluator
+from elmlib.evaluation.bertscore import BASELINE_TEXTS, BERTScoreEvaluator, create_evaluator
 from elmlib.models.adapter import EmbeddingAdapter
 from elmlib.models.elm import SoftTokenModel, build_model
 from elmlib.models.pretrained import encode, load_embedder
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-_BASELINE_TEXTS = 1000  # training targets from which the BERTScore baseline is made
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def build_components(config: SummaryTrainingConfig, device: torch.device) -> Tra
         if evaluation_device.type != model.table.device.type:
             raise ValueError("text_drift_head re_embed trains through the embedder: leave evaluation_device empty")
         drift_head = ReEmbed(embedder, model.tokenizer)
-    references = [train.records[row].target_text for row in train.subset(_BASELINE_TEXTS, config.eval_seed)]
+    references = [train.records[row].target_text for row in train.subset(BASELINE_TEXTS, config.eval_seed)]
     return TrainingComponents(
         model=model,
         train=train,
