@@ -1,28 +1,17 @@
 """The closed formula of `elm plan` agrees with traces of the code that trains, and with a measured step."""
 
-import ctypes
 import json
-import multiprocessing
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
-from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig, SummaryTrainingConfig
-from elmlib.data import Batch, PromptIds
-from elmlib.models import build_model
-from elmlib.models.adapter import LinearMap
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig
 from elmlib.models.plan import GIB, SHAPES, Shape, parse_memory, plan_step, plan_training, read_shape
-from elmlib.training.drift import DriftReadout
-from elmlib.training.losses import compute_losses, total_loss
 
 SMALL = PlanConfig()
 LARGE = PlanConfig(llm_model_name="Qwen/Qwen3-4B-Instruct-2507", embedding_dim=2560)
@@ -117,54 +106,15 @@ def test_shapes_have_the_parameters_of_their_models() -> None:
     assert {name: shape.parameters for name, shape in SHAPES.items()} == pytest.approx(counts, rel=0.01)
 
 
-_MALLOPT_MMAP_THRESHOLD = -3  # mallopt(3)
-
-
-def measure_step(config: SummaryTrainingConfig, data: Batch) -> int:
-    """Peak resident bytes of the second step beyond those before the LLM was loaded; runs in a fresh process."""
-    # Freed tensors then go back to the system at once, and resident memory is memory in use.
-    ctypes.CDLL(None).mallopt(_MALLOPT_MMAP_THRESHOLD, 1 << 16)
-    torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads, whose stacks are no part of the step
-    before = _status("VmRSS")
-    model = build_model(config, torch.device("cpu"))
-    to_embedding = LinearMap(torch.randn(config.embedding_dim, model.table.shape[1]), torch.zeros(config.embedding_dim))
-    idf = torch.ones(len(model.table))
-    parts: Any = SimpleNamespace(  # all that the losses read, with random maps in the place of fitted ones
-        model=model, warm_start=SimpleNamespace(idf=idf), drift_head=DriftReadout(model.table, idf, to_embedding)
-    )
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-5, fused=True)
-    first = data._replace(embeddings=data.embeddings[:1], labels=data.labels[:1, :1], sources=data.sources[:1])
-    for batch in (first, data):  # the first makes AdamW's moments and reads the prompt
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
-        counts = {"token": batch.num_tokens, "row": len(batch.labels)}
-        total_loss(compute_losses(parts, batch, config), counts, config).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    # Not getrusage's figure: a process inherits the peak of the one that started it, even through exec.
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory of a process in /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_plan_step_is_within_15_percent_of_a_measured_step(checkpointing: bool) -> None:
     size, length = 8, 48
-    config = SummaryTrainingConfig(use_bf16=False, use_gradient_checkpointing=checkpointing)
     plan = replace(SMALL, bf16=False, batch_size=size, answer_tokens=length)
-    data = Batch(
-        embeddings=torch.randn(size, config.embedding_dim),
-        labels=torch.randint(49152, (size, length)),
-        sources=torch.arange(size),
-        prompt=PromptIds(list(range(plan.prompt_tokens)), [], 0),
-        rows=[],
-    )
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        measured = pool.submit(measure_step, config, data).result()
+    script = Path(__file__).with_name("measured_step.py")
+    command = [sys.executable, script, size, length, plan.prompt_tokens, int(checkpointing)]
+    measured = int(subprocess.check_output(list(map(str, command)), text=True))
     planned = plan_step(plan, read_shape(plan.llm_model_name), size, checkpointing).step
     assert planned == pytest.approx(measured, rel=0.15)
 
