@@ -3,33 +3,9 @@
 The names below are imported when they are first used: `import elmlib` loads neither torch nor transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from elmlib.config import SummaryTrainingConfig
-    from elmlib.data import SummaryDataset, build_corpus, filter_corpus
-    from elmlib.evaluation import BERTScoreEvaluator, create_evaluator
-    from elmlib.inference import Elm, generate_file
-    from elmlib.models import EmbeddingAdapter
-    from elmlib.training import info_nce, text_drift, train
-
-_HOMES = {
-    "config": ["SummaryTrainingConfig"],
-    "data": ["SummaryDataset", "build_corpus", "filter_corpus"],
-    "models": ["EmbeddingAdapter"],
-    "evaluation": ["BERTScoreEvaluator", "create_evaluator"],
-    "training": ["info_nce", "text_drift", "train"],
-    "inference": ["Elm", "generate_file"],
-}
-__all__ = [name for names in _HOMES.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    for package, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{package}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # names: __init__.pyi
 
 
 def version_line() -> str:
