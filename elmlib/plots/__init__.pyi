@@ -1,12 +1,4 @@
-from .curves import (
-    LiveCurves as LiveCurves,
-    curves_info as curves_info,
-    draw_curves as draw_curves,
-    draw_map as draw_map,
-    plot_curves as plot_curves,
-    plot_map as plot_map,
-    to_png as to_png,
-)
+from .curves import LiveCurves as LiveCurves, draw_curves as draw_curves, draw_map as draw_map, to_png as to_png
 from .report import (
     draw_report as draw_report,
     plot_ranks as plot_ranks,

@@ -1,14 +1,14 @@
-"""Plots of a study: `*_info` reads its trials, `plot_*` draws. Optuna's own plots are used where there is one."""
+"""Plots of a study and of a grid of variants. Optuna's own plots are used where there is one."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from elmlib.plots.curves import SHUFFLED, TRAIN, TRUE
+from elmlib.plots.curves import SHUFFLED, TRAIN, TRUE, style
 from elmlib.study.results import best_trial, importance
 from elmlib.study.search_space import DEFAULTS
 
@@ -21,91 +21,56 @@ _SHOWN = 6  # parameters in the slices, those of most importance
 _CONTOURS = 3
 
 
-class TrialCurve(NamedTuple):
-    """What one trial reported."""
-
-    number: int
-    pruned: bool
-    reports: np.ndarray
-    """(n,) int from 1."""
-    values: np.ndarray
-    """(n,) the objective."""
-
-
-def reports_info(study: optuna.Study) -> list[TrialCurve]:
-    """The reports of every trial that ended complete or pruned."""
-    return [
-        TrialCurve(
-            trial.number,
-            trial.state == TrialState.PRUNED,
-            np.array(sorted(trial.intermediate_values), dtype=int),
-            np.array([value for _, value in sorted(trial.intermediate_values.items())]),
-        )
-        for trial in _ended(study)
-        if trial.intermediate_values
-    ]
-
-
-def plot_reports(curves: list[TrialCurve], best: int, ax: "Axes") -> None:
-    """Draw a line a trial, the best one bold, and a cross where one was pruned."""
-    for curve in curves:
-        is_best = curve.number == best
-        ax.plot(
-            curve.reports, curve.values, color=TRUE if is_best else TRAIN, linewidth=2.5 if is_best else 1,
-            zorder=3 if is_best else 1, label=f"trial {curve.number}, the best" if is_best else None,
-        )  # fmt: skip
-        if curve.pruned:
-            ax.plot(curve.reports[-1:], curve.values[-1:], "x", color=SHUFFLED, zorder=4)
-    ax.plot([], [], "x", color=SHUFFLED, label=f"pruned ({sum(curve.pruned for curve in curves)})")
-    _style(ax, "report (equal shares of the data)", "objective")
+def plot_reports(study: optuna.Study, ax: "Axes") -> None:
+    """Draw the reports of each ended trial as a line, the best one bold, and a cross where one was pruned."""
+    best, pruned = best_trial(study), 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        if points := sorted(trial.intermediate_values.items()):
+            x, y = zip(*points, strict=True)
+            shown: dict[str, Any] = {"color": TRAIN, "linewidth": 1}
+            if best and trial.number == best.number:
+                shown = {"color": TRUE, "linewidth": 2.5, "zorder": 3, "label": f"trial {trial.number}, the best"}
+            ax.plot(x, y, **shown)
+            if trial.state == TrialState.PRUNED:
+                pruned += 1
+                ax.plot(x[-1:], y[-1:], "x", color=SHUFFLED, zorder=4)
+    ax.plot([], [], "x", color=SHUFFLED, label=f"pruned ({pruned})")
+    style(ax, "report (equal shares of the data)", "objective")
     ax.legend(frameon=False)
 
 
-class DriftAgainstScore(NamedTuple):
-    """Drift similarity and BERTScore of every trial."""
-
-    numbers: np.ndarray
-    """(trials,) int."""
-    drift: np.ndarray
-    """(trials,) cosine of the re-embedded summary to its source, at the best evaluation."""
-    composite: np.ndarray
-    """(trials,) BERTScore composite, raw, and its shuffled control."""
-    shuffled: np.ndarray
-
-
-def drift_info(study: optuna.Study) -> DriftAgainstScore:
-    """The best evaluation of every trial that had one."""
-    rows = [trial for trial in _ended(study) if "drift_similarity" in trial.user_attrs]
-    names = ("drift_similarity", "bertscore_composite", "bertscore_composite_shuffled")
-    return DriftAgainstScore(
-        np.array([trial.number for trial in rows], dtype=int),
-        *(np.array([trial.user_attrs[name] for trial in rows], dtype=float) for name in names),
-    )
-
-
-def plot_drift(info: DriftAgainstScore, ax: "Axes") -> None:
-    """Draw a dot a trial, and its control as a second dot."""
-    ax.plot(info.drift, info.composite, "o", color=TRUE, label="true embeddings")
-    ax.plot(info.drift, info.shuffled, "o", color=SHUFFLED, alpha=0.6, label="shuffled embeddings")
-    _style(ax, "drift similarity (cosine)", "BERTScore composite (raw)")
+def plot_drift(study: optuna.Study, ax: "Axes") -> None:
+    """Draw drift similarity and BERTScore composite of each trial's best evaluation as a dot, and its control."""
+    for name, colour, label in (
+        ("bertscore_composite", TRUE, "true embeddings"),
+        ("bertscore_composite_shuffled", SHUFFLED, "shuffled embeddings"),
+    ):
+        values = [trial.user_attrs for trial in study.get_trials(deepcopy=False) if name in trial.user_attrs]
+        x, y = ([each[column] for each in values] for column in ("drift_similarity", name))
+        ax.plot(x, y, "o", color=colour, alpha=0.7, label=label)
+    style(ax, "drift similarity (cosine)", "BERTScore composite (raw)")
     ax.legend(frameon=False)
 
 
 def draw_study(study: optuna.Study) -> "dict[str, Figure]":
     """All plots of a study by name: history, reports, drift, and with enough complete trials importance, parallel,
     slice and contour. Raises ValueError for a study without a complete trial."""
-    best = best_trial(study)
-    if best is None:
-        raise ValueError(f"study {study.study_name!r} has no complete trial; there is nothing to draw yet")
-    figures = {"reports": _figure(lambda ax: plot_reports(reports_info(study), best.number, ax))}
-    figures["drift"] = _figure(lambda ax: plot_drift(drift_info(study), ax), 5)
+    from matplotlib.figure import Figure
     from optuna.visualization import matplotlib as drawn
 
-    ranked = list(importance(study)) or list(best.params)
+    if best_trial(study) is None:
+        raise ValueError(f"study {study.study_name!r} has no complete trial; there is nothing to draw yet")
+    figures = {
+        "reports": Figure(figsize=(8, 3.6), layout="constrained"),
+        "drift": Figure(figsize=(5, 3.6), layout="constrained"),
+    }
+    plot_reports(study, figures["reports"].subplots())
+    plot_drift(study, figures["drift"].subplots())
+    ranked = list(importance(study))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         figures["history"] = _closed(drawn.plot_optimization_history(study), (8, 3.6))
-        if importance(study):
+        if ranked:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             figures["importance"] = _closed(drawn.plot_param_importances(study, evaluator=evaluator), (8, 3.6))
             figures["parallel"] = _closed(drawn.plot_parallel_coordinate(study, ranked[:_SHOWN]), (11, 4))
@@ -129,7 +94,7 @@ def draw_variants(cells: "pandas.DataFrame") -> "Figure":
         ax.plot(means.to_numpy(), range(len(names)), "|", color=TRUE, ms=16, mew=3, label="mean over seeds")
         if DEFAULTS in means:
             ax.axvline(means[DEFAULTS], color=TRUE, linestyle="--", linewidth=1, label=f"mean of the {DEFAULTS}")
-        _style(ax, label, "")
+        style(ax, label)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()  # shared, so of both
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -144,22 +109,3 @@ def _closed(axes: Any, size: tuple[float, float]) -> "Figure":
     figure.set_size_inches(size)
     plt.close(figure)
     return figure
-
-
-def _figure(draw: Any, width: float = 8) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    draw(figure.subplots())
-    return figure
-
-
-def _style(ax: "Axes", across: str, up: str) -> None:
-    ax.set_xlabel(across)
-    ax.set_ylabel(up)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from elmlib.plots.curves import LiveCurves, Series, curves_info, draw_curves, draw_map, smooth, to_png
+from elmlib.plots.curves import LiveCurves, curves_info, draw_curves, draw_map, to_png
 from elmlib.training.loggers import MetricsRow
 
 EVALS = {"val_nll": 3.0, "val_nll_shuffled": 4.0, "drift_similarity": 0.3, "drift_similarity_shuffled": 0.1,
@@ -29,11 +29,10 @@ def write_metrics(run: Path, steps: int, **values: float) -> Path:
 
 @pytest.mark.parametrize("name", ["predicted_similarity", "drift_similarity"])  # the second in earlier versions
 def test_curves_info_keeps_predicted_and_drift_similarity_apart(name: str, tmp_path: Path) -> None:
-    curves = curves_info(write_metrics(tmp_path, 6, **{name: 0.6}))
-    assert curves.train_nll.steps.tolist() == [1, 2, 3, 4, 5, 6] and curves.val_nll.steps.tolist() == [3, 6]
-    assert curves.predicted.values.tolist() == [0.6] * 6
-    assert curves.val_drift.values.tolist() == [0.3] * 2 and curves.val_drift_shuffled.values.tolist() == [0.1] * 2
-    assert curves.bertscore.values.tolist() == [0.4] * 2 and curves.bertscore_shuffled.values.tolist() == [0.2] * 2
+    steps, evaluations = curves_info(write_metrics(tmp_path, 6, **{name: 0.6}))
+    assert steps.step.tolist() == [1, 2, 3, 4, 5, 6] and evaluations.step.tolist() == [3, 6]
+    assert steps.predicted_similarity.tolist() == [0.6] * 6 and "drift_similarity" not in steps
+    assert {figure: evaluations[figure].tolist() for figure in EVALS} == {f: [x] * 2 for f, x in EVALS.items()}
 
 
 def test_curves_info_names_a_missing_file(tmp_path: Path) -> None:
@@ -49,12 +48,18 @@ def test_draw_curves_has_an_axis_of_its_own_for_the_predicted_similarity(tmp_pat
     assert len(draw_curves(write_metrics(tmp_path, 6)).axes) == 3  # a run without the drift loss
 
 
-def test_smooth_is_the_naive_running_mean() -> None:
+def test_draw_curves_smooths_the_training_loss_by_a_running_mean(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=50)
-    smoothed = smooth(Series(np.arange(50), values), window=7)
-    naive = [values[max(0, i - 6) : i + 1].mean() for i in range(50)]
-    np.testing.assert_allclose(smoothed.values, naive, atol=1e-12)
-    assert not len(smooth(Series(np.array([], int), np.array([]))).values)
+    lines = [{"kind": "step", "step": i + 1, "epoch": 0.1, "nll": x} for i, x in enumerate(values.tolist())]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (smooth,) = draw_curves(tmp_path).axes[0].lines
+    naive = [values[max(0, i - 19) : i + 1].mean() for i in range(50)]
+    np.testing.assert_allclose(np.asarray(smooth.get_ydata(), float), naive, atol=1e-12)
+
+
+def test_draw_curves_of_a_run_that_has_just_begun_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not any(ax.lines for ax in draw_curves(tmp_path).axes)
 
 
 def test_live_curves_draw_every_evaluation_and_few_steps(

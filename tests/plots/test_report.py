@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from elmlib.plots.report import (
-    draw_report,
-    plot_ranks,
-    plot_report,
-    plot_similarity,
-    ranks_info,
-    report_info,
-    similarity_info,
-)
+from elmlib.plots.report import draw_report, plot_ranks, plot_similarity, ranks_info, similarity_info
 
 
 @pytest.fixture
@@ -52,21 +44,20 @@ def read(folder: Path) -> list[dict[str, float]]:
 def test_ranks_info_equals_a_naive_count(run: Path) -> None:
     info = ranks_info(run)
     ranks = [line["rank"] for line in read(run)]
-    assert info.ranks.tolist() == ranks and info.num_sources == 50
-    assert info.labels == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-50"]
-    for label, count, chance in zip(info.labels, info.counts, info.chance, strict=True):
+    assert info.index.tolist() == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-50"]
+    for label, count, chance in info.itertuples():
         first, last = int(label.split("-")[0]), int(label.split("-")[-1])
         assert count == sum(first <= rank <= last for rank in ranks)
         assert chance == pytest.approx(sum(100 / 50 for _ in range(first, last + 1)))
-    assert info.counts.sum() == 100 and info.chance.sum() == pytest.approx(100)
+    assert info.summaries.sum() == 100 and info.chance.sum() == pytest.approx(100)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 8, 9, 64, 65])
 def test_ranks_info_puts_every_rank_into_one_bin(tmp_path: Path, total: int) -> None:
     write(tmp_path, [{"source_id": f"s{r}", "embedding_index": r, "rank": r} for r in range(1, total + 1)])
     info = ranks_info(tmp_path)
-    assert info.counts.sum() == total and (np.diff(info.edges) > 0).all()
-    np.testing.assert_allclose(info.counts, info.chance)
+    assert info.summaries.sum() == total and info.index.is_unique
+    np.testing.assert_allclose(info.summaries, info.chance)
 
 
 def test_ranks_info_refuses_impossible_ranks(tmp_path: Path) -> None:
@@ -83,25 +74,22 @@ def test_ranks_info_refuses_impossible_ranks(tmp_path: Path) -> None:
 def test_similarity_info_equals_the_lines_and_their_correlation(run: Path) -> None:
     info = similarity_info(run)
     x, y = (np.array([line[name] for line in read(run)]) for name in ("predicted_similarity", "drift_similarity"))
-    assert info.predicted.tolist() == x.tolist() and info.true.tolist() == y.tolist()
+    assert info.predicted_similarity.tolist() == x.tolist() and info.drift_similarity.tolist() == y.tolist()
     deviations = (x - x.mean(), y - y.mean())
     naive = (deviations[0] * deviations[1]).sum() / np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
-    assert info.correlation == pytest.approx(naive)
+    ax = Figure().subplots()
+    plot_similarity(info, ax)
+    assert ax.get_title() == f"Pearson r = {naive:.2f} over 100 summaries"
 
 
 def test_similarity_info_reads_the_name_of_earlier_versions(run: Path) -> None:
     new = similarity_info(run)
     path = run / "predictions.jsonl"
     path.write_text(path.read_text().replace("predicted_similarity", "training_similarity"))
-    assert similarity_info(run).predicted.tolist() == new.predicted.tolist()
+    assert similarity_info(run).equals(new)
     write(run, [{"drift_similarity": 0.5}])
     with pytest.raises(ValueError, match="line 1 has no 'predicted_similarity'"):
         similarity_info(run)
-
-
-def test_similarity_info_of_a_constant_has_no_correlation(tmp_path: Path) -> None:
-    write(tmp_path, [{"predicted_similarity": 0.5, "drift_similarity": value} for value in (0.1, 0.2, 0.3)])
-    assert similarity_info(tmp_path).correlation == 0
 
 
 @pytest.fixture
@@ -114,33 +102,32 @@ def card(tmp_path: Path) -> Path:
     return path
 
 
-def test_report_info_reads_every_row(card: Path) -> None:
-    info = report_info(card)
-    assert info.names == ["true embeddings", "shuffled embeddings", "first sentence"]
-    assert info.f1.tolist() == [0.3, 0.1, 0.4]
-    assert info.low.tolist() == [0.25, 0.05, 0.3] and info.high.tolist() == [0.35, 0.15, 0.5]
+def test_draw_report_shows_every_mean_with_its_interval(card: Path) -> None:
+    (ax,) = draw_report(card).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "true embeddings", "shuffled embeddings", "first sentence"
+    ]  # fmt: skip
+    intervals = [segment[:, 0].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert intervals == [pytest.approx([0.25, 0.35]), pytest.approx([0.05, 0.15]), pytest.approx([0.3, 0.5])]
+    assert [container[0].get_xdata().tolist() for container in ax.containers] == [[0.3], [0.1], [0.4]]
 
 
-def test_report_info_refuses_another_table(tmp_path: Path) -> None:
+def test_draw_report_refuses_another_table(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("system,f1\nx,1\n")
     with pytest.raises(ValueError, match=r"other\.csv has no column 'bertscore_f1'"):
-        report_info(tmp_path / "other.csv")
+        draw_report(tmp_path / "other.csv")
 
 
-def test_draw_report_and_the_plots_draw_what_was_read(run: Path, card: Path) -> None:
+def test_plots_draw_what_was_read(run: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
-    first, second, third = figure.subplots(1, 3)
+    first, second = figure.subplots(1, 2)
     plot_ranks(ranks_info(run), first)
     plot_similarity(similarity_info(run), second)
-    plot_report(report_info(card), third)
     figure.savefig(run / "all.png")
-    draw_report(card).savefig(run / "card.png")
-    assert [bar.get_height() for bar in first.patches] == ranks_info(run).counts.tolist()
+    assert (run / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert [bar.get_height() for bar in first.patches] == ranks_info(run).summaries.tolist()
     assert [line.get_label() for line in first.lines] == ["chance"]
-    assert second.get_title() == f"Pearson r = {similarity_info(run).correlation:.2f} over 100 summaries"
-    assert [label.get_text() for label in third.get_yticklabels()] == report_info(card).names
-    for name in ("all.png", "card.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert first.get_xlabel() == "rank of the own reference among 50"
 
 
 def test_plots_import_no_torch() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import optuna
 import pandas
 import pytest
+from matplotlib.figure import Figure
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from elmlib.plots.study import draw_study, draw_variants, drift_info, plot_reports, reports_info
+from elmlib.plots.study import draw_study, draw_variants, plot_drift, plot_reports
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +35,19 @@ def study() -> optuna.Study:
     return study
 
 
-def test_reports_info_has_each_trials_reports(study: optuna.Study) -> None:
-    curves = reports_info(study)
-    assert [curve.number for curve in curves] == list(range(6))
-    assert [curve.pruned for curve in curves] == [False] * 5 + [True]
-    assert curves[4].reports.tolist() == [1, 2] and curves[4].values.tolist() == pytest.approx([0.2, 0.16])
-
-
-def test_plot_reports_marks_the_best_and_the_pruned(study: optuna.Study) -> None:
-    from matplotlib.figure import Figure
-
+def test_plot_reports_draws_every_trial_and_marks_the_best_and_the_pruned(study: optuna.Study) -> None:
     ax = Figure().subplots()
-    plot_reports(reports_info(study), 4, ax)
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["trial 4, the best", "pruned (1)"]
+    plot_reports(study, ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["trial 4, the best", "pruned (1)"]
+    drawn = [list(line.get_ydata()) for line in ax.lines]
+    assert drawn[4] == pytest.approx([0.2, 0.16]) and drawn[5] == drawn[6] == [0.25] and len(drawn) == 8
 
 
-def test_drift_info_has_a_row_a_trial(study: optuna.Study) -> None:
-    info = drift_info(study)
-    assert info.numbers.tolist() == list(range(6)) and info.composite.tolist() == info.drift.tolist()
+def test_plot_drift_has_a_dot_and_a_control_a_trial(study: optuna.Study) -> None:
+    ax = Figure().subplots()
+    plot_drift(study, ax)
+    true, shuffled = ([list(line.get_xdata()), list(line.get_ydata())] for line in ax.lines)
+    assert true == [[number / 10 for number in range(6)]] * 2 and shuffled[0] == true[0]
 
 
 def test_draw_study_has_all_plots_and_refuses_a_study_without_a_complete_trial(study: optuna.Study) -> None:
