@@ -125,9 +125,11 @@ def draw_map(points: np.ndarray, groups: Sequence[str], chosen: int, shown: int 
     common = [group for group, _ in Counter(groups).most_common(shown)]
     labels = np.array([group if group in common else "others" for group in groups])
     for label in ["others", *common]:
-        if (labels == label).any():
-            ax.scatter(*points[labels == label].T, s=14, color="#cccccc" if label == "others" else None, label=label)
-    ax.scatter(*points[chosen], s=160, facecolors="none", edgecolors="black", linewidths=2)
+        if (own := labels == label).any():
+            ax.scatter(
+                points[own, 0], points[own, 1], s=14, color="#cccccc" if label == "others" else None, label=label
+            )
+    ax.scatter(points[chosen, 0], points[chosen, 1], s=160, facecolors="none", edgecolors="black", linewidths=2)
     style(ax, "first principal component", "second principal component")
     ax.legend(fontsize="small", frameon=False, loc="best")
     return figure

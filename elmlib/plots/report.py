@@ -64,7 +64,7 @@ def similarity_info(run: Path) -> "pandas.DataFrame":
 
 
 def plot_similarity(info: "pandas.DataFrame", ax: "Axes") -> None:
-    """Draw a dot for each summary of `similarity_info`, the line of equal similarities, and Pearson's r as the title."""
+    """Draw a dot for each summary of `similarity_info` and the line of equal similarities; the title is Pearson's r."""
     predicted, true = (info[name].to_numpy() for name in ("predicted_similarity", "drift_similarity"))
     ax.axline((0, 0), slope=1, color=TRAIN, linestyle="--", linewidth=1, label="equal")
     ax.plot(predicted, true, "o", color=TRUE, alpha=0.6, label="one summary")
