@@ -1,14 +1,15 @@
 """The `elm` command: one table of commands. Flags and help come from each command's settings class."""
 
 import argparse
-import dataclasses
+import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from textwrap import indent
+from typing import Any, NamedTuple, NoReturn
 
 import tyro
 
@@ -37,7 +38,11 @@ EXIT_CODES = (
 
 
 def corpus(config: CorpusConfig) -> None:
-    """Make a multi-task corpus with embeddings from docstrings, a JSONL file or a Hugging Face dataset."""
+    """Make a multi-task corpus with embeddings from docstrings, a JSONL file or a Hugging Face dataset.
+
+    elm corpus --limit 6000
+    elm corpus --source texts.jsonl --text-field body --summary-field abstract
+    """
     from elmlib.data import build_corpus
     from elmlib.models import default_device, encode, load_embedder
 
@@ -47,7 +52,11 @@ def corpus(config: CorpusConfig) -> None:
 
 
 def filter_(config: FilterConfig) -> None:
-    """Keep one task of a corpus and its embeddings, and check that no source is in two splits."""
+    """Keep one task of a corpus and its embeddings, and check that no source is in two splits.
+
+    elm filter --input-dir data/synthesis
+    elm filter --skip-bad
+    """
     from elmlib.data import filter_corpus
 
     report = filter_corpus(config)
@@ -55,7 +64,13 @@ def filter_(config: FilterConfig) -> None:
 
 
 def train(config: SummaryTrainingConfig) -> None:
-    """Train an adapter; --config FILE or --resume-from CHECKPOINT gives the settings, flags beside it win."""
+    """Train an adapter; --config FILE or --resume-from CHECKPOINT gives the settings, flags beside it win.
+
+    elm train --data-dir data/summary_filtered --epochs 2
+    elm train --preset qwen3-4b --evaluation-device cpu --gradient-checkpointing
+    elm train --config settings.yaml --resume-from latest
+    elm train --dry-run
+    """
     from accelerate import PartialState
 
     from elmlib.evaluation import score_frame
@@ -72,7 +87,12 @@ def train(config: SummaryTrainingConfig) -> None:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Write a summary for every record of a split, or for every row of a file of embeddings."""
+    """Write a summary for every record of a split, or for every row of a file of embeddings.
+
+    elm generate --checkpoint data/checkpoints/best_summary_model.safetensors \\
+        --input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl
+    elm generate --checkpoint a.safetensors --input vectors.safetensors --output out.jsonl --candidates 8
+    """
     from elmlib.inference import generate_file
 
     count = generate_file(
@@ -83,7 +103,10 @@ def generate(config: GenerateConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Score predictions against their references with BERTScore, beside the same predictions shuffled."""
+    """Score predictions against their references with BERTScore, beside the same predictions shuffled.
+
+    elm evaluate --predictions results/predictions.jsonl --references data/summary_filtered/test_synthesis.jsonl
+    """
     from elmlib.data import write_json
     from elmlib.evaluation import BERTScoreEvaluator, score_frame, score_texts
     from elmlib.inference import read_pairs
@@ -100,7 +123,10 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    """Compare an adapter with its baselines, from shuffled embeddings to the LLM that reads the text."""
+    """Compare an adapter with its baselines, from shuffled embeddings to the LLM that reads the text.
+
+    elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8
+    """
     from elmlib.evaluation import score_checkpoint
     from elmlib.models import default_device
     from elmlib.plots import draw_report
@@ -118,7 +144,12 @@ def report(config: ReportConfig) -> None:
 
 
 def study(config: StudyConfig) -> None:
-    """Search hyperparameters, or train a grid of variants; each trial is an executed notebook, and a study resumes."""
+    """Search hyperparameters, or train a grid of variants; each trial is an executed notebook, and a study resumes.
+
+    elm study --trials 50 --jobs 2 --timeout 24
+    elm study --grid ablation.yaml --seeds 3
+    elm study --slurm --jobs 64 --slurm-partition gpu --trials 2000
+    """
     from elmlib.study import results_frame, run_study, submit_launchers
 
     if config.slurm:
@@ -130,7 +161,10 @@ def study(config: StudyConfig) -> None:
 
 
 def dashboard(config: DashboardConfig) -> None:
-    """Watch a study in a browser, with each trial's curves, summaries and notebook."""
+    """Watch a study in a browser, with each trial's curves, summaries and notebook.
+
+    elm dashboard --port 8081
+    """
     from elmlib.study import serve_dashboard
 
     print(f"http://127.0.0.1:{config.port}/dashboard  (Ctrl-C ends it)", flush=True)
@@ -138,72 +172,39 @@ def dashboard(config: DashboardConfig) -> None:
 
 
 def plan(config: PlanConfig) -> None:
-    """Estimate the memory of a training step from the LLM's config alone, and the batch sizes that fit each card."""
+    """Estimate the memory of a training step from the LLM's config alone, and the batch sizes that fit each card.
+
+    elm plan --preset qwen3-4b --evaluation-device cpu --gpu-memory 16
+    """
     from elmlib.models import plan_training
 
     estimate = plan_training(config)
-    print(f"{estimate.summary()}\n\n{estimate.to_frame().to_string()}\n\n{estimate.fits_frame().to_string()}")
+    print(
+        f"{config.llm_model_name}: {estimate.shape.parameters:,} parameters. A step of {config.batch_size} rows of "
+        f"{config.answer_tokens} answer tokens, in GiB.\nTotals and largest batch sizes include a margin of 10 % and "
+        "0.5 GiB for CUDA's context. A card without bfloat16 (T4, V100) needs --no-use-bf16.\n"
+        f"{estimate.to_frame().to_string()}"
+    )
 
 
-class Command(NamedTuple):
-    """A sub-command: its settings, its function, whose docstring is the help, and examples."""
-
-    config: type[Any]
-    run: Callable[[Any], None]
-    examples: tuple[str, ...]
-
-
-COMMANDS = {
-    "corpus": Command(
-        CorpusConfig, corpus,
-        ("elm corpus --limit 6000", "elm corpus --source texts.jsonl --text-field body --summary-field abstract"),
-    ),
-    "filter": Command(FilterConfig, filter_, ("elm filter --input-dir data/synthesis", "elm filter --skip-bad")),
-    "train": Command(
-        SummaryTrainingConfig, train,
-        (
-            "elm train --data-dir data/summary_filtered --epochs 2",
-            "elm train --preset qwen3-4b --evaluation-device cpu --gradient-checkpointing",
-            "elm train --config settings.yaml --resume-from latest",
-            "elm train --dry-run",
-        ),
-    ),
-    "generate": Command(
-        GenerateConfig, generate,
-        (
-            "elm generate --checkpoint data/checkpoints/best_summary_model.safetensors "
-            "--input data/summary_filtered/test_synthesis.jsonl --output results/predictions.jsonl",
-            "elm generate --checkpoint a.safetensors --input vectors.safetensors --output out.jsonl --candidates 8",
-        ),
-    ),
-    "evaluate": Command(
-        EvaluateConfig, evaluate,
-        (
-            "elm evaluate --predictions results/predictions.jsonl "
-            "--references data/summary_filtered/test_synthesis.jsonl",
-        ),
-    ),
-    "report": Command(
-        ReportConfig, report,
-        ("elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8",),
-    ),
-    "study": Command(
-        StudyConfig, study,
-        (
-            "elm study --trials 50 --jobs 2 --timeout 24",
-            "elm study --grid ablation.yaml --seeds 3",
-            "elm study --slurm --jobs 64 --slurm-partition gpu --trials 2000",
-        ),
-    ),
-    "dashboard": Command(DashboardConfig, dashboard, ("elm dashboard --port 8081",)),
-    "plan": Command(PlanConfig, plan, ("elm plan --preset qwen3-4b --evaluation-device cpu --gpu-memory 16GiB",)),
-}  # fmt: skip
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "corpus": (CorpusConfig, corpus),
+    "filter": (FilterConfig, filter_),
+    "train": (SummaryTrainingConfig, train),
+    "generate": (GenerateConfig, generate),
+    "evaluate": (EvaluateConfig, evaluate),
+    "report": (ReportConfig, report),
+    "study": (StudyConfig, study),
+    "dashboard": (DashboardConfig, dashboard),
+    "plan": (PlanConfig, plan),
+}
+"""Sub-command -> its settings and its function, whose docstring is the help and ends with examples."""
 
 
 class Call(NamedTuple):
     """What the command line asks for."""
 
-    command: Command
+    run: Callable[[Any], None]
     config: Any
     is_dry: bool
     """Print settings and step count of a training run, and do nothing."""
@@ -216,36 +217,34 @@ def parse(arguments: Sequence[str]) -> Call:
         is_help = name in ("-h", "--help")
         print(_overview() if is_help or not name else f"elm: no command {name!r}; there are {', '.join(COMMANDS)}")
         sys.exit(0 if is_help else 2)
-    command = COMMANDS[name]
-    default, rest = _default(command, list(arguments[1:]))
+    kind, run = COMMANDS[name]
+    default, rest = _default(kind, list(arguments[1:]))
     is_dry = name == "train" and "--dry-run" in rest
     rest = [argument for argument in rest if not is_dry or argument != "--dry-run"]
-    help_text = "\n".join(
-        [str(command.run.__doc__), "", "Examples:", *(f"  {example}" for example in command.examples), ""]
-        + ["--config FILE (JSON or YAML) and --preset NAME give settings; flags beside them win."]
-        + (["--dry-run prints the settings and the number of steps, and does nothing."] if name == "train" else [])
-        + [f"Exit codes: {EXIT_CODES}."]
+    summary, _, examples = str(inspect.getdoc(run)).partition("\n\n")
+    dry = "--dry-run prints the settings and the number of steps, and does nothing. " if name == "train" else ""
+    help_text = (
+        f"{summary}\n\nExamples:\n{indent(examples, '  ')}\n\n--config FILE (JSON or YAML) and --preset NAME give "
+        f"settings; flags win. {dry}Exit codes: {EXIT_CODES}."
     )
-    config = tyro.cli(command.config, args=rest, prog=f"elm {name}", description=help_text, default=default)
-    return Call(command, config, is_dry)
+    return Call(run, tyro.cli(kind, args=rest, prog=f"elm {name}", description=help_text, default=default), is_dry)
 
 
-def _default(command: Command, arguments: list[str]) -> tuple[Any, list[str]]:
+def _default(kind: type[Any], arguments: list[str]) -> tuple[Any, list[str]]:
     """The settings where no flag is given, and the arguments without --config and --preset."""
     known, rest = _split_off(arguments, "--config", "--preset")
     path = Path(known.config) if known.config else None
-    if command.config is SummaryTrainingConfig:
+    if kind is SummaryTrainingConfig:
         return _training_default(known.preset or "", path, rest), rest
-    if "preset" in command.config.__dataclass_fields__ and known.preset:  # a setting of its own
+    if "preset" in kind.__dataclass_fields__ and known.preset:  # a setting of its own
         rest, known.preset = [*rest, "--preset", known.preset], None
     if path is None and not known.preset:
         return tyro.MISSING_NONPROP, rest
-    values = preset_settings(known.preset, command.config) if known.preset else {}
-    values |= check_settings(command.config, read_settings(path), str(path)) if path else {}
-    fields = dataclasses.fields(command.config)
-    required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
+    values = preset_settings(known.preset, kind) if known.preset else {}
+    values |= check_settings(kind, read_settings(path), str(path)) if path else {}
+    required = {name: tyro.MISSING for name, it in kind.__dataclass_fields__.items() if it.default is MISSING}
     try:
-        return command.config(**required | values), rest
+        return kind(**required | values), rest
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -293,32 +292,32 @@ def _sampling(config: GenerateConfig | ReportConfig) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one sub-command; bad input becomes one line on standard error and an exit code."""
     try:
-        command, config, is_dry = parse(sys.argv[1:] if arguments is None else arguments)
+        run, config, is_dry = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
         if is_dry:
             print(_dry_run(config))
         else:
-            command.run(config)
+            run(config)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(_fail(error, 1))
+        _fail(error, 1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("elmlib"):
             raise
-        sys.exit(_fail(ModuleNotFoundError(f"{error}; get it with: pip install -e '.[summary,notebooks]'"), 1))
+        _fail(ModuleNotFoundError(f"{error}; get it with: pip install -e '.[summary,notebooks]'"), 1)
     except RuntimeError as error:
         # By name: importing them would load torch for every command.
         if type(error).__name__ not in ("UnstableTrainingError", "StudyFailedError"):
             raise
-        sys.exit(_fail(error, 3))
+        _fail(error, 3)
     except KeyboardInterrupt:
         print("\nelm: interrupted; finished work is kept", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception, code: int) -> NoReturn:
     logger.debug("traceback:", exc_info=error)
     print(f"elm: error: {error}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
 def _log_to_stderr(level: str) -> None:
@@ -331,11 +330,10 @@ def _log_to_stderr(level: str) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: elm COMMAND [--help] ...", "", "commands, in the order of the work:", *lines, "", "examples:"]
-        + [f"  {command.examples[0]}" for command in COMMANDS.values()]
-        + ["", f"presets: {', '.join(filter(None, PRESETS))}", f"exit codes: {EXIT_CODES}"]
+    lines = "\n".join(f"  {name:<12}{str(run.__doc__).splitlines()[0]}" for name, (_, run) in COMMANDS.items())
+    return (
+        f"usage: elm COMMAND [--help] ...\n\ncommands, in the order of the work:\n{lines}\n\n"
+        f"presets: {', '.join(filter(None, PRESETS))}\nexit codes: {EXIT_CODES}"
     )
 
 

@@ -32,7 +32,7 @@ def test_every_field_is_a_flag_with_help(name: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         cli.parse([name, "--help"])
     text = capsys.readouterr().out
-    for field in cli.COMMANDS[name].config.__dataclass_fields__:
+    for field in cli.COMMANDS[name][0].__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
 
 
@@ -137,7 +137,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
 def test_help_lists_at_most_ten_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    commands = capsys.readouterr().out.split("commands")[1].split("examples")[0]
+    commands = capsys.readouterr().out.split("commands")[1].split("presets")[0]
     listed = [line.split()[0] for line in commands.splitlines() if line.startswith("  ")]
     assert listed == list(cli.COMMANDS) and len(listed) <= 10
 

@@ -67,7 +67,7 @@ def test_parse_takes_every_command_of_the_guide(arguments: list[str], trained_ru
         last = str(max(trained_run.glob("adapter_step_*.safetensors")))
         arguments = [last if argument.endswith("step_1000.safetensors") else argument for argument in arguments]
     config = cli.parse(arguments).config
-    assert isinstance(config, cli.COMMANDS[arguments[0]].config)
+    assert isinstance(config, cli.COMMANDS[arguments[0]][0])
     for flag, value in pairwise(arguments):
         if flag == "--drift-weight":
             assert config.text_drift_weight == float(value)

@@ -3,12 +3,10 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from tyro.conf import arg as flag
+from typing import Literal
 
 from elmlib.config.files import Preset, require
-from elmlib.config.training import OFFLINE_EMBEDDER, OFFLINE_LLM, EvaluationDevice, SummaryTrainingConfig
+from elmlib.config.training import OFFLINE_EMBEDDER, SummaryTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,25 @@ class FilterConfig:
     """Warn about sources or vectors that are in two splits, instead of stopping."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CandidatesConfig:
+    """How candidates are drawn."""
+
+    candidates: int = 0
+    """Also draw this many candidates for each embedding and choose the one nearest to it; 0 for none."""
+    temperature: float = 0.7
+    """Of the candidates, above 0."""
+    top_p: float = 0.95
+    """Of the candidates, above 0 to 1."""
+
+    def __post_init__(self) -> None:
+        require(self, 0, "candidates")
+        require(self, 1e-6, "temperature")
+        require(self, 1e-6, "top_p", high=1)
+
+
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(CandidatesConfig):
     """What to summarise, and with which adapter."""
 
     checkpoint: Path
@@ -90,17 +105,11 @@ class GenerateConfig:
     """Rows generated at once, at least 1."""
     max_new_tokens: int = 0
     """Longest summary in tokens; 0 takes the checkpoint's."""
-    candidates: int = 0
-    """Also draw this many candidates for each embedding and write the one nearest to it; 0 for none."""
-    temperature: float = 0.7
-    """Of the candidates, above 0."""
-    top_p: float = 0.95
-    """Of the candidates, above 0 to 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 1, "batch_size")
         require(self, 0, "max_new_tokens")
-        _require_sampling(self)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(CandidatesConfig):
     """Which adapter to compare with its baselines, and on what."""
 
     checkpoint: Path
@@ -136,20 +145,14 @@ class ReportConfig:
     """Which split to summarise."""
     samples: int = 100
     """Texts, a seeded sample; 0 takes the whole split."""
-    candidates: int = 0
-    """Also draw this many candidates for each embedding and keep the one nearest to it; 0 for none."""
-    temperature: float = 0.7
-    """Of the candidates, above 0."""
-    top_p: float = 0.95
-    """Of the candidates, above 0 to 1."""
     output: Path | None = None
     """CSV file for the table; a picture goes beside it, with the same name and `.png`."""
 
     def __post_init__(self) -> None:
         if self.output and self.output.suffix == ".png":
             raise ValueError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
+        super().__post_init__()
         require(self, 0, "samples")
-        _require_sampling(self)
 
 
 @dataclass(frozen=True)
@@ -255,47 +258,19 @@ class DashboardConfig(StudyPlace):
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """The training step whose memory is estimated, and the cards that it may run on."""
+class PlanConfig(SummaryTrainingConfig):
+    """The training run whose step is estimated, and the cards that it may run on."""
 
-    llm_model_name: Annotated[str, flag(name="llm-model", aliases=("--llm-model-name",))] = OFFLINE_LLM
-    """The frozen LLM: only its config is looked at."""
-    embedding_model_name: Annotated[str, flag(name="embedding-model", aliases=("--embedding-model-name",))] = (
-        OFFLINE_EMBEDDER
-    )
-    """The embedder, which shares the card with the LLM for the evaluations."""
-    bertscore_model: str = OFFLINE_EMBEDDER
-    """BERTScore's encoder, which shares it too, in float32."""
-    evaluation_device: EvaluationDevice = ""
-    """`cpu` keeps embedder and BERTScore's encoder off the card."""
-    embedding_dim: int = SummaryTrainingConfig.embedding_dim
-    """Size of one embedding."""
-    hidden_dim: int = SummaryTrainingConfig.hidden_dim
-    """Hidden size of the adapter's MLP."""
-    num_soft_tokens: int = SummaryTrainingConfig.num_soft_tokens
-    """Soft tokens that one embedding becomes."""
-    drift_top_k: int = SummaryTrainingConfig.drift_top_k
-    """Tokens per answer position that the drift loss looks at."""
-    batch_size: int = SummaryTrainingConfig.batch_size
-    """Rows per forward pass, at least 1."""
     answer_tokens: int = 128
-    """Tokens of each answer with its end of turn; the guide's token_count."""
+    """Tokens of each answer with its end of turn, at least 2; the guide's token_count."""
     prompt_tokens: int = 48
-    """Tokens of the chat prompt."""
-    bf16: bool = True
-    """The LLM in bfloat16, else in float32."""
+    """Tokens of the chat prompt, at least 1."""
     fused_attention: bool = True
     """Attention by a fused kernel, which keeps no attention weights; without it (bfloat16 on a CPU) they are kept."""
-    gpu_memory: tuple[str, ...] = ("16GiB", "40GiB")
-    """Memory of the cards for which the largest batch is estimated; the guide names these two."""
+    gpu_memory: tuple[float, ...] = (16.0, 40.0)
+    """GiB of the cards for which the largest batch size is estimated; the guide names these two."""
 
     def __post_init__(self) -> None:
-        require(self, 1, "embedding_dim", "hidden_dim", "num_soft_tokens", "drift_top_k", "batch_size")
+        super().__post_init__()
         require(self, 2, "answer_tokens")
         require(self, 1, "prompt_tokens")
-
-
-def _require_sampling(config: GenerateConfig | ReportConfig) -> None:
-    require(config, 0, "candidates")
-    require(config, 1e-6, "temperature")
-    require(config, 1e-6, "top_p", high=1)

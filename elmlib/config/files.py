@@ -1,11 +1,11 @@
 """Settings out of files and presets, checked against the dataclass of a command."""
 
-import dataclasses
 import json
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 Config = TypeVar("Config")
 Preset = Literal["", "qwen3-4b"]
@@ -42,22 +42,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError for no such file, and ValueError, naming it, for one that is broken or holds no mapping.
     """
-    text, wanted = Path(path).read_text(encoding="utf-8"), "JSON object"
-    if Path(path).suffix in (".yaml", ".yml"):
-        import yaml
+    import yaml
 
-        wanted = "mapping"
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML: {error}") from error
-    else:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
+    path = Path(path)
+    is_yaml = path.suffix in (".yaml", ".yml")
+    text, kind = path.read_text(encoding="utf-8"), "YAML" if is_yaml else "JSON"
+    try:
+        values = yaml.safe_load(text) if is_yaml else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid {kind}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected one {wanted} of settings, found {type(values).__name__}")
+        raise ValueError(f"{path}: expected one mapping of settings, found {type(values).__name__}")
     return values
 
 
@@ -74,10 +69,18 @@ def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> di
     Raises ValueError, naming `origin`, for a setting that `config` does not have or that has another type.
     """
     hints = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(names)}")
-    return {name: _converted(hints[name], value, f"{origin}: {name}") for name, value in values.items()}
+    if unknown := sorted(set(values) - set(hints)):
+        raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(hints)}")
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = msgspec.convert(value, hints[name], dec_hook=lambda kind, text: kind(text))  # of Path
+        except (msgspec.ValidationError, TypeError) as error:
+            wanted = getattr(hints[name], "__name__", str(hints[name]).replace("pathlib.", ""))
+            if typing.get_origin(hints[name]) is Literal:
+                wanted = f"one of {', '.join(typing.get_args(hints[name]))}"
+            raise ValueError(f"{origin}: {name} is {value!r}; expected {wanted}") from error
+    return checked
 
 
 def make_config(config: type[Config], values: dict[str, Any], origin: str = "settings") -> Config:
@@ -90,27 +93,3 @@ def make_config(config: type[Config], values: dict[str, Any], origin: str = "set
         return config(**checked)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
-
-
-def _converted(hint: Any, value: Any, where: str) -> Any:
-    origin, kinds = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in kinds:
-            return None
-        (hint,) = (kind for kind in kinds if kind is not type(None))
-        return _converted(hint, value, where)
-    if origin is Literal:
-        if value in kinds:
-            return value
-        raise ValueError(f"{where} is {value!r}; expected one of {', '.join(kinds)}")
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_converted(kinds[0], item, where) for item in value)
-        raise ValueError(f"{where} is {value!r}; expected a list")
-    if hint is Path:
-        hint, value = (Path, Path(value)) if isinstance(value, str) else (Path, value)
-    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    if hint is float and type(value) is int:
-        return value
-    raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")

@@ -6,7 +6,6 @@ layer keeps nothing. Tests compare the formula with traces of the training code 
 """
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +23,6 @@ NORMS |= {"gemma3_text": 4, "glm4": 4}
 """Model types whose layers the formula describes -> norms over the hidden size in each layer."""
 _CHUNK = 512  # positions whose logits are in memory at a time: CHUNK of training/losses.py, which would load torch
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_UNITS = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "": 1}
 
 
 class Shape(NamedTuple):
@@ -71,19 +69,17 @@ SHAPES = {
 class StepPlan(NamedTuple):
     """One training step: bytes, without MARGIN, and operations."""
 
-    llm: int
-    adapter: int  # weights and AdamW's two moments, float32
-    prefix: int  # keys and values of the prompt, one copy a row
+    frozen_llm: int
+    adapter_and_moments: int  # weights and AdamW's two moments, float32
+    cached_prompt: int  # keys and values, one copy a row
     activations: int  # kept from the forward pass for the backward pass
-    losses: (
-        int  # the most beyond these at any moment: logits, drift loss, a recomputed layer or the adapter's gradients
-    )
-    flops: float  # of all matrix products, forward and backward
+    losses_and_gradients: int  # the most beyond these at any moment: logits, drift loss or a recomputed layer too
+    operations: float  # of all matrix products, forward and backward
 
     @property
-    def step(self) -> int:
+    def memory(self) -> int:
         """Bytes of the whole step."""
-        return self.llm + self.adapter + self.prefix + self.activations + self.losses
+        return sum(self[:5])
 
 
 class Plan(NamedTuple):
@@ -93,48 +89,31 @@ class Plan(NamedTuple):
     shape: Shape
     evaluation: int  # bytes of the embedder and of BERTScore's encoder, which stay on the card between evaluations
 
-    def estimate(self, batch_size: int, checkpointing: bool) -> StepPlan:
-        """One step of `batch_size` rows."""
-        return plan_step(self.config, self.shape, batch_size, checkpointing)
-
-    def card_bytes(self, batch_size: int, checkpointing: bool) -> float:
-        """Memory that a card needs: step, evaluation models, margin and CUDA's context."""
-        return MARGIN * (self.estimate(batch_size, checkpointing).step + self.evaluation) + CONTEXT_BYTES
-
-    def summary(self) -> str:
-        """The models, the work of a step and what the totals include."""
-        steps = [self.estimate(self.config.batch_size, way) for way in (False, True)]
-        return (
-            f"{self.config.llm_model_name}: {self.shape.parameters:,} parameters, frozen; adapter: "
-            f"{steps[0].adapter // 12:,}\none step of {self.config.batch_size} rows of {self.config.answer_tokens} "
-            f"answer tokens: {steps[0].flops / 1e12:.3g} TFLOP, {steps[1].flops / 1e12:.3g} with gradient checkpointing"
-            f"\nAll totals include {MARGIN - 1:.0%} margin and {CONTEXT_BYTES / GIB:.1f} GiB for CUDA's context. A "
-            "card without bfloat16 (T4, V100) needs the float32 LLM: --no-bf16."
-        )
+    def total(self, batch_size: int, checkpointing: bool) -> float:
+        """Bytes that a card needs: step, evaluation models, margin and CUDA's context."""
+        step = plan_step(self.config, self.shape, batch_size, checkpointing)
+        return MARGIN * (step.memory + self.evaluation) + CONTEXT_BYTES
 
     def to_frame(self) -> "DataFrame":
-        """GiB by part for the config's batch size, then the total for other sizes; plain and with checkpointing."""
+        """Parts for the config's batch size, without margin, totals by batch size, and the largest one for each card.
+
+        One column plain, one with gradient checkpointing; GiB where nothing else is said.
+        """
         import pandas
 
-        steps = [self.estimate(self.config.batch_size, way) for way in (False, True)]
-        labels = ("LLM, frozen", "adapter and AdamW's moments", "keys and values of the prompt", "activations")
-        rows = {
-            label: [step[i] / GIB for step in steps] for i, label in enumerate((*labels, "logits, losses, gradients"))
-        }
-        rows["embedder and BERTScore encoder"] = [self.evaluation / GIB] * 2
-        for size in sorted({*_BATCH_SIZES[:6], self.config.batch_size}):
-            rows[f"total, batch size {size}"] = [self.card_bytes(size, way) / GIB for way in (False, True)]
-        return pandas.DataFrame(rows, index=["plain, GiB", "checkpointing, GiB"]).T.round(2)
-
-    def fits_frame(self) -> "DataFrame":
-        """The largest batch size that fits each card; 0 where none does."""
-        import pandas
-
-        def largest(card: str, way: bool) -> int:
-            return max((n for n in _BATCH_SIZES if self.card_bytes(n, way) <= parse_memory(card)), default=0)
-
-        rows = {card: [largest(card, way) for way in (False, True)] for card in self.config.gpu_memory}
-        return pandas.DataFrame(rows, index=["largest batch, plain", "largest batch, checkpointing"]).T
+        columns = {}
+        for name, way in (("plain", False), ("checkpointing", True)):
+            step = plan_step(self.config, self.shape, self.config.batch_size, way)
+            parts = step._asdict() | {"embedder_and_BERTScore_encoder": self.evaluation}
+            rows = {part.replace("_", " "): x / GIB for part, x in parts.items() if part != "operations"}
+            rows["operations (TFLOP)"] = step.operations / 1e12
+            sizes = sorted({*_BATCH_SIZES, self.config.batch_size})
+            rows |= {f"total, batch size {size}": self.total(size, way) / GIB for size in sizes}
+            for card in self.config.gpu_memory:
+                fitting = [size for size in _BATCH_SIZES if self.total(size, way) <= card * GIB]
+                rows[f"largest batch size on a card of {card:g} GiB"] = max(fitting, default=0)
+            columns[name] = rows
+        return pandas.DataFrame(columns).round(2)
 
 
 def plan_training(config: PlanConfig) -> Plan:
@@ -144,7 +123,7 @@ def plan_training(config: PlanConfig) -> Plan:
     if shape.model_type not in NORMS:
         raise ValueError(f"{config.llm_model_name} is a {shape.model_type!r}; `elm plan` knows {', '.join(NORMS)}")
     if config.evaluation_device != "cpu":
-        evaluation = (2 if config.bf16 else 4) * read_shape(config.embedding_model_name).parameters
+        evaluation = (2 if config.use_bf16 else 4) * read_shape(config.embedding_model_name).parameters
         evaluation += 4 * read_shape(config.bertscore_model).parameters
     return Plan(config, shape, evaluation)
 
@@ -153,7 +132,7 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
     """The closed formula: bytes and operations of one optimizer step of `batch_size` full rows."""
     kind, hidden, inner, layers, heads, vocab, *_ = shape
     queries, keys = shape.attention
-    width, rows, positions = (2 if config.bf16 else 4), batch_size, batch_size * config.answer_tokens
+    width, rows, positions = (2 if config.use_bf16 else 4), batch_size, batch_size * config.answer_tokens
     own = config.num_soft_tokens + config.answer_tokens - 1  # tokens of a row after the prompt
     seen = own + config.prompt_tokens  # tokens that attention reads
     run = seen if checkpointing else own  # tokens of a row in each layer: the prompt's are cached, or computed again
@@ -166,7 +145,7 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
     if config.fused_attention:
         layer += rows * run * (width * seen + 4 * heads)  # the mask, and the log of each sum
     else:
-        layer += rows * run * ((6 if config.bf16 else 4) * heads * seen - width * queries)  # the weights, no output
+        layer += rows * run * ((6 if config.use_bf16 else 4) * heads * seen - width * queries)  # weights, no output
     if checkpointing:  # every layer keeps its input alone; in the backward pass it is run again, gradients beside it
         prefix, activations = 0, rows * seen * hidden * (layers * width + 8)
         again = layer + rows * run * width * 5 * inner // 2
@@ -174,8 +153,8 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
         prefix, again = 2 * width * keys * layers * rows * config.prompt_tokens, 0
         activations = layers * layer - prefix
     chunks = -(-positions // _CHUNK)  # from the second chunk on, the one before it is still in memory
-    logits = 4 * vocab * -(-positions // chunks) * ((2.5 if config.bf16 else 2) + (chunks > 1))
-    gathered = positions * config.drift_top_k * hidden * (6 if config.bf16 else 4)  # token embeddings, drift loss
+    logits = 4 * vocab * -(-positions // chunks) * ((2.5 if config.use_bf16 else 2) + (chunks > 1))
+    gathered = positions * config.drift_top_k * hidden * (6 if config.use_bf16 else 4)  # token embeddings, drift loss
     losses = max(int(logits), gathered, again, 4 * trained - activations)
 
     linear = hidden * (2 * queries + 2 * keys + 3 * inner)
@@ -183,13 +162,6 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
     work += 2 * (linear - hidden * inner) + 4 * seen * queries if checkpointing else 0  # all but the last product again
     flops = float(rows * run * layers * work + 4 * positions * vocab * hidden)
     return StepPlan(width * shape.parameters, 12 * trained, prefix, activations, losses, flops)
-
-
-def parse_memory(text: str) -> float:
-    """Bytes of `16GiB`, `40GB` or a plain number of bytes; raises ValueError for anything else."""
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB|)", text)):
-        raise ValueError(f"memory {text!r}; expected a size such as 16GiB or 40GB")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def read_shape(name: str) -> Shape:

@@ -24,7 +24,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ('{"batch_size": "8"}', "batch_size is '8'; expected int"),
         ('{"batch_size": true}', "batch_size is True; expected int"),
         ('{"batch_size": 0}', "batch_size is 0; expected a number from 1"),
-        ("[1]", "expected one JSON object"),
+        ("[1]", "expected one mapping of settings"),
         ("{", "not valid JSON"),
     ],
 )

@@ -11,17 +11,17 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig
-from elmlib.models.plan import GIB, SHAPES, Shape, parse_memory, plan_step, plan_training, read_shape
+from elmlib.models.plan import GIB, SHAPES, Shape, plan_step, plan_training, read_shape
 
 SMALL = PlanConfig()
 LARGE = PlanConfig(llm_model_name="Qwen/Qwen3-4B-Instruct-2507", embedding_dim=2560)
 # Peak bytes and operations of one step, traced with fake tensors through the code of commit 34c5200 (torch 2.13.0,
 # transformers 5.24.0): settings, batch size, checkpointing, peak MiB, TFLOP.
 TRACED = [
-    (replace(SMALL, answer_tokens=24, bf16=False), 4, False, 945.7, 0.064),
-    (replace(SMALL, answer_tokens=24, bf16=False), 4, True, 852.4, 0.196),
-    (replace(SMALL, answer_tokens=128, bf16=False), 16, False, 3217.8, 1.151),
-    (replace(SMALL, answer_tokens=128, bf16=False), 16, True, 1272.1, 1.944),
+    (replace(SMALL, answer_tokens=24, use_bf16=False), 4, False, 945.7, 0.064),
+    (replace(SMALL, answer_tokens=24, use_bf16=False), 4, True, 852.4, 0.196),
+    (replace(SMALL, answer_tokens=128, use_bf16=False), 16, False, 3217.8, 1.151),
+    (replace(SMALL, answer_tokens=128, use_bf16=False), 16, True, 1272.1, 1.944),
     (replace(SMALL, answer_tokens=128), 16, False, 2075.3, 1.151),
     (replace(SMALL, answer_tokens=128, fused_attention=False), 16, False, 2590.0, 1.233),
     (replace(SMALL, answer_tokens=128), 4, True, 778.7, 0.486),
@@ -29,7 +29,7 @@ TRACED = [
     (LARGE, 8, True, 10680.6, 30.890),
     (LARGE, 32, False, 31940.9, 69.183),
     (LARGE, 32, True, 12432.3, 123.560),
-    (replace(LARGE, bf16=False), 8, False, 26701.4, 17.296),
+    (replace(LARGE, use_bf16=False), 8, False, 26701.4, 17.296),
     (replace(LARGE, fused_attention=False), 8, False, 16536.6, 17.646),
     (replace(LARGE, answer_tokens=512), 1, True, 10203.5, 12.141),
 ]
@@ -40,8 +40,8 @@ def test_plan_step_equals_a_trace(
     config: PlanConfig, batch_size: int, checkpointing: bool, peak: float, flops: float
 ) -> None:
     step = plan_step(config, read_shape(config.llm_model_name), batch_size, checkpointing)
-    assert step.step / 2**20 == pytest.approx(peak, rel=0.02)
-    assert step.flops / 1e12 == pytest.approx(flops, rel=0.1)
+    assert step.memory / 2**20 == pytest.approx(peak, rel=0.02)
+    assert step.operations / 1e12 == pytest.approx(flops, rel=0.1)
 
 
 def test_plan_answers_within_two_seconds_and_loads_no_torch() -> None:
@@ -50,17 +50,22 @@ def test_plan_answers_within_two_seconds_and_loads_no_torch() -> None:
         "import sys; from elmlib import cli; cli.main(['plan', '--preset', 'qwen3-4b']); print('torch' in sys.modules)"
     )
     printed = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
-    assert printed[-1] == "False" and "16GiB" in "".join(printed)
+    assert printed[-1] == "False" and "largest batch size on a card of 16 GiB" in "".join(printed)
     assert time.perf_counter() - started < 10  # 2 s on an idle machine
 
 
-def test_fits_frame_holds_margin_and_context_and_grows_with_the_card() -> None:
-    estimate = plan_training(replace(LARGE, evaluation_device="cpu", gpu_memory=("4GiB", "16GiB", "40GiB", "80GiB")))
-    plain, checkpointed = (estimate.fits_frame()[name].tolist() for name in estimate.fits_frame())
+def test_to_frame_holds_margin_and_context_and_the_batch_size_grows_with_the_card() -> None:
+    estimate = plan_training(replace(LARGE, evaluation_device="cpu", gpu_memory=(4, 16, 40, 80)))
+    frame = estimate.to_frame()
+    largest = frame[frame.index.str.startswith("largest")]
+    plain, checkpointed = (largest[name].astype(int).tolist() for name in ("plain", "checkpointing"))
     assert plain == sorted(plain) and plain[0] == 0 and checkpointed[-1] > plain[-1] > 0
     assert all(more >= less for more, less in zip(checkpointed, plain, strict=True))
-    assert estimate.card_bytes(8, False) > 1.1 * estimate.estimate(8, False).step
-    assert estimate.card_bytes(plain[2], False) <= 40 * GIB < estimate.card_bytes(2 * plain[2], False)
+    step = plan_step(LARGE, estimate.shape, LARGE.batch_size, False)
+    assert estimate.total(LARGE.batch_size, False) > 1.1 * step.memory
+    assert frame.plain["total, batch size 16"] == pytest.approx(estimate.total(16, False) / GIB, abs=0.01)
+    assert frame.plain["frozen llm"] == pytest.approx(2 * estimate.shape.parameters / GIB, abs=0.01)
+    assert estimate.total(plain[2], False) <= 40 * GIB < estimate.total(2 * plain[2], False)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +80,8 @@ def test_plan_step_equals_a_trace_where_activations_decide(
     kind: str, is_bf16: bool, checkpointing: bool, peak: float
 ) -> None:
     shape = Shape(kind, 256, 768, 6, 8, 1000, 2, 32, tie_word_embeddings=kind == "gemma3_text")
-    config = PlanConfig(hidden_dim=32, embedding_dim=64, drift_top_k=1, answer_tokens=64, bf16=is_bf16)
-    assert plan_step(config, shape, 8, checkpointing).step / 2**20 == pytest.approx(peak, rel=0.05)
+    config = PlanConfig(hidden_dim=32, embedding_dim=64, drift_top_k=1, answer_tokens=64, use_bf16=is_bf16)
+    assert plan_step(config, shape, 8, checkpointing).memory / 2**20 == pytest.approx(peak, rel=0.05)
 
 
 def test_plan_refuses_models_that_the_formula_does_not_describe(tmp_path: Path) -> None:
@@ -111,19 +116,9 @@ def test_shapes_have_the_parameters_of_their_models() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_plan_step_is_within_15_percent_of_a_measured_step(checkpointing: bool) -> None:
     size, length = 8, 48
-    plan = replace(SMALL, bf16=False, batch_size=size, answer_tokens=length)
+    plan = replace(SMALL, use_bf16=False, batch_size=size, answer_tokens=length)
     script = Path(__file__).with_name("measured_step.py")
     command = [sys.executable, script, size, length, plan.prompt_tokens, int(checkpointing)]
     measured = int(subprocess.check_output(list(map(str, command)), text=True))
-    planned = plan_step(plan, read_shape(plan.llm_model_name), size, checkpointing).step
+    planned = plan_step(plan, read_shape(plan.llm_model_name), size, checkpointing).memory
     assert planned == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.parametrize(("text", "size"), [("16GiB", 16 * GIB), ("40GB", 40e9), ("512", 512)])
-def test_parse_memory(text: str, size: float) -> None:
-    assert parse_memory(text) == size
-
-
-def test_parse_memory_refuses_other_units() -> None:
-    with pytest.raises(ValueError, match="expected a size such as 16GiB"):
-        parse_memory("16 bananas")
