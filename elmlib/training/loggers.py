@@ -2,8 +2,7 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from tqdm.auto import tqdm
 
@@ -98,7 +97,6 @@ class WandbLog:
     def __init__(self, config: SummaryTrainingConfig):
         import wandb  # only here: without --wandb it is never imported
 
-        self._wandb: ModuleType = wandb
         self._run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name or None,
@@ -117,22 +115,3 @@ class WandbLog:
     def close(self) -> None:
         """Finish the run: everything is on disk or uploaded."""
         self._run.finish()
-
-
-class RunLoggers:
-    """Several loggers as one, closed together also when the run fails."""
-
-    def __init__(self, *loggers: RunLogger):
-        self._loggers = loggers
-
-    def log(self, row: MetricsRow) -> None:
-        """Pass the row on."""
-        for logger in self._loggers:
-            logger.log(row)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for logger in self._loggers:
-            logger.close()

@@ -43,24 +43,18 @@ def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> Predi
     """
     answers = labels != IGNORE_INDEX
     top_k = min(top_k, len(weight))
-    nll, log_probs, ids = predict_tokens(hidden[answers], weight, labels[answers], top_k)
+    nll, log_probs, ids = _Predict.apply(hidden[answers], weight, labels[answers], top_k)
     shape = (*labels.shape, top_k)
     top = log_probs.new_full(shape, float("-inf")).masked_scatter(answers[..., None], log_probs)
-    top_ids = ids.new_zeros(shape).masked_scatter(answers[..., None], ids)
-    return Predictions(nll, top, top_ids)
-
-
-def predict_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`predict` without padding: hidden (tokens, dim), labels (tokens,).
-
-    Returns the NLL's sum, log-probabilities (tokens, top_k) and ids (tokens, top_k) of the most probable tokens.
-    """
-    return _Predict.apply(hidden, weight, labels, top_k)
+    return Predictions(nll, top, ids.new_zeros(shape).masked_scatter(answers[..., None], ids))
 
 
 class _Predict(torch.autograd.Function):
-    """With p = softmax(W h): d nll / dh = E_p[W] - W[label], d log p_k / dh = W[k] - E_p[W]. So E_p[W], one vector a
-    position, computed while its logits exist, is all that the backward pass needs of the whole vocabulary."""
+    """`predict` without padding: hidden (tokens, dim), labels (tokens,).
+
+    With p = softmax(W h): d nll / dh = E_p[W] - W[label], d log p_k / dh = W[k] - E_p[W]. So E_p[W], one vector a
+    position, computed while its logits exist, is all that the backward pass needs of the whole vocabulary.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

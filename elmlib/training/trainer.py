@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -21,7 +21,7 @@ from elmlib.data.records import write_json
 from elmlib.models.adapter import BEST, EmbeddingAdapter, save_adapter
 from elmlib.training import checkpoint
 from elmlib.training.checkpoint import RunState
-from elmlib.training.loggers import MetricsLog, MetricsRow, ProgressBar, RunLogger, RunLoggers, WandbLog
+from elmlib.training.loggers import MetricsLog, MetricsRow, ProgressBar, RunLogger, WandbLog
 from elmlib.training.losses import LOSSES, compute_losses, total_loss
 from elmlib.training.setup import (
     accumulation_groups,
@@ -129,7 +129,8 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """Train to the end and write result.json."""
-        with self._loggers() as self.loggers:
+        with ExitStack() as stack:  # closes them also when the run fails
+            self.loggers = [stack.enter_context(closing(logger)) for logger in self._loggers()]
             if self.state.step == 0 and self.config.eval_first:
                 self._evaluate(epoch_ends=False)
             while self.state.epoch < self.config.max_epochs and not self._is_over():
@@ -150,13 +151,19 @@ class _Run:
         last = self.folder / f"adapter_step_{self.state.step}.safetensors"
         return TrainResult(self.folder / BEST, last, metrics, self.state.stopped)
 
-    def _loggers(self) -> RunLoggers:
-        if not self.accelerator.is_main_process:
-            return RunLoggers()
-        built: list[RunLogger] = [MetricsLog(self.folder / "metrics.jsonl", self.state.step)]
-        if self.config.use_wandb:
-            built.append(WandbLog(self.config))
-        return RunLoggers(*built, ProgressBar(self.total_steps, self.state.step), *self.extra)
+    def _loggers(self) -> Iterator[RunLogger]:
+        if self.accelerator.is_main_process:
+            yield MetricsLog(self.folder / "metrics.jsonl", self.state.step)
+            if self.config.use_wandb:
+                yield WandbLog(self.config)
+            yield ProgressBar(self.total_steps, self.state.step)
+            yield from self.extra
+
+    def _log(self, kind: str, values: dict[str, float]) -> None:
+        state = self.state
+        epochs = state.epoch + (state.group / self.steps_per_epoch[state.epoch] if state.group else 0.0)
+        for each in self.loggers:
+            each.log(MetricsRow(kind, state.step, epochs, values))
 
     def _groups(self, epoch: int) -> list[list[list[int]]]:
         process = self.accelerator.process_index
@@ -173,7 +180,7 @@ class _Run:
             self.state = replace(
                 self.state, step=self.state.step + 1, group=self.state.group + 1, train_seconds=seconds
             )
-            self.loggers.log(MetricsRow("step", self.state.step, self._epochs_done(), values))
+            self._log("step", values)
             if self.world == 1:  # several processes would have to agree; they do so after evaluations
                 self.state = replace(self.state, stopped=self.stop())
             epoch_ends = self.state.group == self.steps_per_epoch[self.state.epoch]
@@ -204,7 +211,9 @@ class _Run:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else without_communication(self.components.model.adapter):
-                self._warn_of_single_row(batch)
+                if config.use_contrastive_loss and len(batch.labels) == 1 and not self.warned_of_single_row:
+                    self.warned_of_single_row = True
+                    logger.warning("a batch of one row has no negatives: its contrastive loss is 0; raise --batch-size")
                 sums = compute_losses(self.components, batch, config)
                 loss = total_loss(sums, counts, config)
                 # DistributedDataParallel averages gradients over processes; the counts above are sums over them.
@@ -217,11 +226,6 @@ class _Run:
         self.optimizer.zero_grad()
         values = {"loss": loss_sum, "learning_rate": rate, "grad_norm": float(norm)}
         return values | {each.name: x / counts[each.per] for each, x in zip(losses, sums_of_all, strict=True)}
-
-    def _warn_of_single_row(self, batch: Batch) -> None:
-        if self.config.use_contrastive_loss and len(batch.labels) == 1 and not self.warned_of_single_row:
-            self.warned_of_single_row = True
-            logger.warning("a batch of one row has no negatives: its contrastive loss is 0; raise --batch-size")
 
     def _schedule_position(self) -> float:
         """Optimizer steps done or, with a time limit that ends the run sooner, the same share of the time."""
@@ -262,7 +266,7 @@ class _Run:
             state = replace(state, history=(*state.history[-2:], (result.val_nll, composite)))
             if warning := drift_warning(state.history):
                 logger.warning("step %d: %s; the best adapter is that of step %d", state.step, warning, state.best_step)
-            self.loggers.log(MetricsRow("eval", state.step, self._epochs_done(), values))
+            self._log("eval", values)
             state = replace(state, stopped=self.stop())
             if composite > state.best_composite:
                 self._keep_best(result)
@@ -297,8 +301,3 @@ class _Run:
 
     def _is_out_of_time(self) -> bool:
         return 0 < self.config.max_train_seconds <= self.state.train_seconds
-
-    def _epochs_done(self) -> float:
-        if self.state.epoch == self.config.max_epochs:
-            return float(self.state.epoch)
-        return self.state.epoch + self.state.group / self.steps_per_epoch[self.state.epoch]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -22,9 +22,6 @@ from elmlib.evaluation.metrics import (
 )
 from elmlib.training.losses import predict, text_drift
 from elmlib.training.setup import TrainingComponents
-
-if TYPE_CHECKING:
-    import pandas
 
 
 class Validation(NamedTuple):
@@ -53,31 +50,18 @@ class Validation(NamedTuple):
             | {"drift_correlation": correlation(self.predicted_similarity, self.scores.drift)}
         )
 
-    def lines(self, split: SummaryDataset) -> list[dict[str, Any]]:
-        """One for each of `predictions`: the summary beside its reference in `split`, with its own scores."""
-        columns = {f"bertscore_{name}": values for name, values in self.scores.scores._asdict().items()} | {
-            "drift_similarity": self.scores.drift,
-            "predicted_similarity": self.predicted_similarity,
-            "rank": self.identification.ranks,
-        }
-        found = []
-        for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
-            record = split.records[row]
-            line = {"source_id": record.source_id, "embedding_index": record.embedding_index}
-            line |= {"prediction": prediction, "target_text": record.target_text}
-            found.append(line | {name: values[place].item() for name, values in columns.items()})
-        return found
-
-    def to_frame(self, split: SummaryDataset) -> "pandas.DataFrame":
-        """`lines`, one row a summary."""
-        import pandas
-
-        return pandas.DataFrame(self.lines(split))
-
     def write_predictions(self, path: Path, split: SummaryDataset) -> None:
-        """`lines` as JSONL."""
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in self.lines(split)))
+        """One JSON line a summary, beside its reference in `split`, with its own scores."""
+        columns = {f"bertscore_{name}": values for name, values in self.scores.scores._asdict().items()}
+        columns |= {"drift_similarity": self.scores.drift, "predicted_similarity": self.predicted_similarity}
+        columns |= {"rank": self.identification.ranks}
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            for place, (row, prediction) in enumerate(zip(self.rows, self.predictions, strict=True)):
+                record = split.records[row]
+                line: dict[str, Any] = {"source_id": record.source_id, "embedding_index": record.embedding_index}
+                line |= {"prediction": prediction, "target_text": record.target_text}
+                line |= {name: values[place].item() for name, values in columns.items()}
+                file.write(orjson.dumps(line) + b"\n")
 
 
 def drift_warning(history: Sequence[tuple[float, float]]) -> str:
@@ -119,7 +103,11 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
                 cosines = text_drift(components.drift_head(predictions), batch.embeddings, 1.0)[1]
                 similarity |= zip(chosen, cosines.tolist(), strict=True)
         totals[2] += batch.num_tokens
-    texts = _summarise(components, sample, config, device)
+    written: dict[int, str] = {}
+    for chosen in split.bucket(sample, len(sample)):
+        prompts = split.collate_prompts(chosen).to(device)
+        written |= zip(chosen, model.generate(prompts, config.max_new_tokens), strict=True)
+    texts = [written[row] for row in sample]
     references = [split.records[row].target_text for row in sample]
     vectors, sources = split.vectors(sample).numpy(), [str(split.sources[row]) for row in sample]
     scores = score_summaries(
@@ -136,13 +124,3 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
         identification=identify_sources(scores.vectors, components.reference_vectors(sample), sources),
         predicted_similarity=np.array([similarity[row] for row in sample]),
     )
-
-
-def _summarise(
-    components: TrainingComponents, rows: Sequence[int], config: SummaryTrainingConfig, device: torch.device
-) -> list[str]:
-    texts: dict[int, str] = {}
-    for chosen in components.val.bucket(rows, len(rows)):
-        batch = components.val.collate_prompts(chosen).to(device)
-        texts |= zip(chosen, components.model.generate(batch, config.max_new_tokens), strict=True)
-    return [texts[row] for row in rows]
