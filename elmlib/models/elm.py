@@ -108,27 +108,25 @@ class SoftTokenModel:
     @torch.no_grad()
     def search_beams(self, batch: PromptBatch, max_new_tokens: int, num_beams: int) -> list[str]:
         """The best answer of each row by beam search, transformers' own, over the whole prompt."""
-        self.llm.eval()
         before, between = batch.prompt.around(self.position)
         soft = self.adapter(batch.embeddings).to(self.table.dtype)
-        prompt = [
-            torch.tensor([part], dtype=torch.long, device=soft.device).expand(len(soft), -1)
+        first, rest = (
+            self._embed(torch.tensor([part], dtype=torch.long, device=soft.device)).expand(len(soft), -1, -1)
             for part in (before, between)
-        ]
-        embeds = torch.cat([self._embed(prompt[0]), soft, self._embed(prompt[1])], dim=1)
-        generate: Any = self.llm.generate  # PreTrainedModel is typed without it
-        ids = generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                eos_token_id=self._ends(batch.prompt),
-                pad_token_id=self.tokenizer.eos_token_id,
-                do_sample=False,
-            ),
         )
+        embeds = torch.cat([first, soft, rest], dim=1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        ids = self._generate(batch.prompt, max_new_tokens, num_beams, inputs_embeds=embeds, attention_mask=mask)
         return self._texts(batch.prompt, ids.tolist())
+
+    def _generate(self, prompt: PromptIds, max_new_tokens: int, num_beams: int = 1, **inputs: Tensor) -> Tensor:
+        """Token ids by transformers' own generate(), greedy or by beam search."""
+        generate: Any = self.llm.eval().generate  # PreTrainedModel is typed without it
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=self._ends(prompt),
+            pad_token_id=self.tokenizer.eos_token_id, do_sample=False,
+        )  # fmt: skip
+        return generate(**inputs, generation_config=settings)
 
     def _answer(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[list[int]]]:
         """Token ids of each row's answers, after each token.
@@ -164,24 +162,13 @@ class SoftTokenModel:
 
         All texts are one batch, so keep it small.
         """
-        self.llm.eval()
         cut = [ids[:max_text_tokens] for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
-        rows = [torch.tensor([*prompt.before, *ids, *prompt.behind]) for ids in cut]
-        pad = self.tokenizer.eos_token_id
+        rows = [torch.tensor([*prompt.before, *ids, *prompt.behind], device=self.table.device) for ids in cut]
         # Left padding, so that every row's answer begins at the same place.
-        padded = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(self.table.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        generate: Any = self.llm.generate  # PreTrainedModel is typed without it
-        ids = generate(
-            input_ids=padded,
-            attention_mask=mask.to(padded.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self._ends(prompt),
-                pad_token_id=pad,
-                do_sample=False,
-            ),
-        )
+        pad = {"batch_first": True, "padding_side": "left", "padding_value": self.tokenizer.eos_token_id}
+        padded = pad_sequence(rows, **pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **pad | {"padding_value": 0})
+        ids = self._generate(prompt, max_new_tokens, input_ids=padded, attention_mask=mask)
         return self._texts(prompt, ids[:, padded.shape[1] :].tolist())
 
     def _ends(self, prompt: PromptIds) -> list[int]:
