@@ -1,4 +1,4 @@
-from .corpus import build_corpus as build_corpus
+from .corpus import CorpusReport as CorpusReport, build_corpus as build_corpus
 from .dataset import (
     Batch as Batch,
     PromptBatch as PromptBatch,
@@ -8,7 +8,7 @@ from .dataset import (
     load_split as load_split,
     locate_split as locate_split,
 )
-from .filtering import filter_corpus as filter_corpus
+from .filtering import FilterReport as FilterReport, filter_corpus as filter_corpus
 from .prompts import (
     IGNORE_INDEX as IGNORE_INDEX,
     PromptIds as PromptIds,
@@ -36,4 +36,3 @@ from .records import (
     write_embeddings as write_embeddings,
     write_json as write_json,
 )
-from .reports import CorpusReport as CorpusReport, FilterReport as FilterReport

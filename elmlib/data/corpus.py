@@ -8,9 +8,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -19,15 +19,47 @@ from tqdm.auto import tqdm
 from elmlib.config import CorpusConfig
 from elmlib.data import records
 from elmlib.data.prompts import TASK_TEMPLATES
-from elmlib.data.records import SPLITS, Record, SplitPaths
-from elmlib.data.reports import CorpusReport, CorpusSplit
-from elmlib.data.sources import Pair, SourcePairs, dataset_pairs, dependencies, docstring_pairs, jsonl_pairs
+from elmlib.data.records import SPLITS, EmbeddingFile, Record, SplitPaths
+from elmlib.data.sources import Pair, dependencies, read_source
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Embed = Callable[[list[str]], np.ndarray]
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _COPY_ROWS = 4096
 # The offline embedder reads 256 tokens: docstrings that differ later only could get one vector, and in two splits.
 _DOCSTRING_OPENING = 500
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What a corpus was made of; equal fingerprints mean equal pairs in equal splits."""
+
+    fingerprint: str
+    found: int
+    """Pairs before duplicates were dropped and `limit` was applied."""
+    dropped: int
+    """Texts and summaries that repeated an earlier one."""
+    skipped: list[str]
+    """`module: reason` of each source file that could not be read."""
+    splits: dict[str, dict[str, int]]
+    """Number of groups, pairs, and records of each task."""
+    reused: list[str]
+    """Splits that were complete on disk and were left as they were."""
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a split: its groups, pairs and records of each task."""
+        import pandas as pd
+
+        return pd.DataFrame.from_dict(self.splits, orient="index").rename_axis("split")
+
+    def summary(self) -> str:
+        """One line: what was found, dropped, skipped and reused."""
+        return (
+            f"{self.found} pairs found, {self.dropped} duplicates dropped, {len(self.skipped)} files skipped, "
+            f"fingerprint {self.fingerprint}, reused: {', '.join(self.reused) or 'nothing'}"
+        )
 
 
 def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> CorpusReport:
@@ -37,40 +69,32 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     Raises FileNotFoundError or ValueError for a source that is absent or malformed; ValueError for a split that would
     be empty and for an embedding that is not finite or all zero.
     """
-    source = read_source(config, progress)
-    pairs, dropped = drop_duplicates(source.pairs, _DOCSTRING_OPENING if config.source == "docstrings" else None)
+    found, skipped = read_source(config, progress)
+    pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
     if 0 < config.limit < len(pairs):
         pairs = random.Random(config.seed).sample(pairs, config.limit)
     splits = split_pairs(pairs, config)
-    mark = fingerprint(splits)
-    metadata = {"embedding_model": config.embedding_model_name, "fingerprint": mark}
+    fingerprint = _digest([TASK_TEMPLATES, *([split, *pair] for split in SPLITS for pair in splits[split])])
+    metadata = {"embedding_model": config.embedding_model_name, "fingerprint": fingerprint}
     about = config.output_dir / "corpus.json"
-    names = {split: (f"{split}_synthesis.jsonl", f"{split}_embeddings.safetensors") for split in SPLITS}
-    paths = {it: SplitPaths(config.output_dir / n, config.output_embeddings_dir / m) for it, (n, m) in names.items()}
-    reused = tuple(split for split in SPLITS if _is_finished(about, paths[split], metadata))
-    counts = tuple(_count(split, splits[split]) for split in SPLITS)
-    report = CorpusReport(mark, len(source.pairs), dropped, source.skipped, counts, reused)
+    paths = {split: records.split_paths(config.output_dir, config.output_embeddings_dir, split) for split in SPLITS}
+    reused = [split for split in SPLITS if _is_finished(about, paths[split], metadata)]
+    counts = {split: _counts(splits[split]) for split in SPLITS}
+    report = CorpusReport(fingerprint, len(found), dropped, skipped, counts, reused)
 
     # Stale files go first and embeddings come last, so embeddings on disk always belong to the records beside them.
-    made = [split for split in SPLITS if split not in reused]
-    for split in made:
-        for path in paths[split]:
-            path.unlink(missing_ok=True)
+    new = {split: paths[split] for split in SPLITS if split not in reused}
+    for path in (path for both in new.values() for path in both):
+        path.unlink(missing_ok=True)
     _write_description(about, config, report)
-    for split in made:
-        _write_records(paths[split].records, splits[split])
-        _write_embeddings(paths[split].embeddings, [it.text for it in splits[split]], config, embed, metadata, progress)
+    for split, both in new.items():
+        with records.atomic_path(both.records) as temporary, open(temporary, "wb") as file:
+            for row, pair in enumerate(splits[split]):
+                file.writelines(record.to_line() for record in pair_records(pair, row))
+        _write_embeddings(both.embeddings, [pair.text for pair in splits[split]], config, embed, metadata, progress)
     for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
         stale.unlink()
     return report
-
-
-def read_source(config: CorpusConfig, progress: bool) -> SourcePairs:
-    """The pairs that `config.source` names. Raises FileNotFoundError or ValueError, saying what is wrong where."""
-    if config.source == "docstrings":
-        return docstring_pairs(progress)
-    is_jsonl = config.source.endswith(".jsonl") or Path(config.source).is_file()
-    return SourcePairs(jsonl_pairs(config) if is_jsonl else dataset_pairs(config), ())
 
 
 def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[list[Pair], int]:
@@ -88,15 +112,15 @@ def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[
         if text in texts:
             dropped += 1
             continue
-        own: dict[str, str] = {}
+        new: dict[str, str] = {}
         for summary in pair.summaries:
-            own.setdefault(_plain(summary), summary)
-        fresh = tuple(summary for key, summary in own.items() if key not in summaries)
-        dropped += len(pair.summaries) - len(fresh)
-        if fresh:
+            if (key := _plain(summary)) not in summaries:
+                new.setdefault(key, summary)
+        dropped += len(pair.summaries) - len(new)
+        if new:
             texts.add(text)
-            summaries.update(own)
-            kept.append(pair._replace(summaries=fresh))
+            summaries.update(new)
+            kept.append(pair._replace(summaries=tuple(new.values())))
     return kept, dropped
 
 
@@ -125,11 +149,6 @@ def split_pairs(pairs: list[Pair], config: CorpusConfig) -> dict[str, list[Pair]
     return {split: sorted(splits[split]) for split in SPLITS}
 
 
-def fingerprint(splits: dict[str, list[Pair]]) -> str:
-    """Hash of every pair, its split and the prompts: 16 hexadecimal digits."""
-    return _digest([TASK_TEMPLATES, *([split, *pair] for split in SPLITS for pair in splits[split])])
-
-
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(orjson.dumps(values)).hexdigest()[:16]
 
@@ -140,33 +159,27 @@ def pair_records(pair: Pair, row: int) -> Iterator[Record]:
     temperature 0 and top_p 1: people wrote the targets, nothing was sampled. token_count counts words and punctuation
     marks, because the LLM, and so its tokenizer, is chosen later.
     """
-    for task, variation, target in _targets(pair):
-        count = len(_TOKEN.findall(target))
-        yield Record(task, TASK_TEMPLATES[task], row, target, variation, 0.0, 1.0, count, pair.source_id, pair.text)
-
-
-def _targets(pair: Pair) -> Iterator[tuple[str, int, str]]:
-    for variation, summary in enumerate(pair.summaries):
-        yield "summary", variation, summary
-    if pair.keywords:
-        yield "keywords", 0, ", ".join(pair.keywords)
-    if pair.category:
-        yield "category", 0, pair.category
+    targets = [("summary", variation, summary) for variation, summary in enumerate(pair.summaries)]
+    targets += [("keywords", 0, ", ".join(pair.keywords)), ("category", 0, pair.category)]
+    for task, variation, target in targets:
+        if target:
+            count = len(_TOKEN.findall(target))
+            yield Record(task, TASK_TEMPLATES[task], row, target, variation, 0.0, 1.0, count, pair.source_id, pair.text)
 
 
 def _is_finished(about: Path, paths: SplitPaths, metadata: dict[str, str]) -> bool:
     try:
         known = json.loads(about.read_bytes())["fingerprint"] == metadata["fingerprint"]
-        with records.EmbeddingFile(paths.embeddings) as file:
+        with EmbeddingFile(paths.embeddings) as file:
             return known and file.metadata == metadata and paths.records.is_file()
     except (FileNotFoundError, KeyError, ValueError):  # absent or damaged: built again
         return False
 
 
-def _count(split: str, pairs: list[Pair]) -> CorpusSplit:
-    tasks = Counter(task for pair in pairs for task, _, _ in _targets(pair))
-    groups = {pair.group for pair in pairs}
-    return CorpusSplit(split, len(groups), len(pairs), {task: tasks[task] for task in TASK_TEMPLATES})
+def _counts(pairs: list[Pair]) -> dict[str, int]:
+    tasks = Counter(record.task_type for pair in pairs for record in pair_records(pair, 0))
+    sizes = {"groups": len({pair.group for pair in pairs}), "pairs": len(pairs)}
+    return sizes | {task: tasks[task] for task in TASK_TEMPLATES}
 
 
 def _write_description(about: Path, config: CorpusConfig, report: CorpusReport) -> None:
@@ -175,12 +188,6 @@ def _write_description(about: Path, config: CorpusConfig, report: CorpusReport) 
     values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
     values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
     records.write_json(about, values)
-
-
-def _write_records(path: Path, pairs: list[Pair]) -> None:
-    with records.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for row, pair in enumerate(pairs):
-            file.writelines(record.to_line() for record in pair_records(pair, row))
 
 
 def _write_embeddings(

@@ -1,8 +1,4 @@
-"""One split as tensors: tokenised targets, embeddings, batches of rows of similar length.
-
-`Batch` holds targets and goes to the loss. `PromptBatch` holds none and is all that generation accepts, so a target
-cannot reach it.
-"""
+"""One split as tensors: tokenised targets, embeddings, batches of rows of similar length."""
 
 import dataclasses
 import hashlib
@@ -17,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from elmlib.config import SummaryTrainingConfig
@@ -46,14 +43,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        embeddings, labels, sources = (
-            x.to(device, non_blocking=True) for x in (self.embeddings, self.labels, self.sources)
-        )
+        embeddings, labels, sources = (tensor.to(device, non_blocking=True) for tensor in self[:3])
         return Batch(embeddings, labels, sources, self.prompt, self.rows)
 
 
 class PromptBatch(NamedTuple):
-    """Rows to generate for, all of one prompt, without targets."""
+    """Rows to generate for, all of one prompt. It holds no targets, so none can reach the generation."""
 
     embeddings: Tensor
     """(batch, embedding_dim) float32."""
@@ -94,9 +89,8 @@ class SummaryDataset(Dataset[int]):
     def collate(self, rows: Sequence[int]) -> Batch:
         """Rows of one prompt as a Batch."""
         embeddings, prompt = self.collate_prompts(rows)
-        labels = torch.full((len(rows), max(len(self.answers[row]) for row in rows)), IGNORE_INDEX)
-        for i, row in enumerate(rows):
-            labels[i, : len(self.answers[row])] = torch.tensor(self.answers[row])
+        answers = [torch.tensor(self.answers[row]) for row in rows]
+        labels = pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
         return Batch(embeddings, labels, torch.tensor([self.sources[row] for row in rows]), prompt, list(rows))
 
     def collate_prompts(self, rows: Sequence[int]) -> PromptBatch:
@@ -135,9 +129,8 @@ class SummaryDataset(Dataset[int]):
     def bucket(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
         """Cut rows into batches of one prompt and of similar answer length, shortest first."""
         group = self._prompt_groups
-        ordered = sorted(rows, key=lambda row: (group[row], len(self.answers[row])))
         batches: list[list[int]] = []
-        for row in ordered:
+        for row in sorted(rows, key=lambda row: (group[row], len(self.answers[row]))):
             if batches and len(batches[-1]) < batch_size and group[batches[-1][0]] == group[row]:
                 batches[-1].append(row)
             else:
@@ -175,13 +168,12 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Sum
     paths = locate_split(config, split)
     with EmbeddingFile(paths.embeddings) as file:
         records = list(read_records(paths.records, file.num_rows))
-    if config.summary_only:
-        for record in records:
-            if record.task_type != "summary":
-                raise ValueError(
-                    f"{paths.records} holds a record of task {record.task_type!r}; run `elm filter`, "
-                    "or pass --no-summary-only to train on all tasks"
-                )
+    other = next((record.task_type for record in records if record.task_type != "summary"), None)
+    if other and config.summary_only:
+        raise ValueError(
+            f"{paths.records} holds a record of task {other!r}; run `elm filter`, "
+            "or pass --no-summary-only to train on all tasks"
+        )
     prompts = {template: prompt_ids(tokenizer, template) for template in {r.input_prompt_template for r in records}}
     # A target that contains the name of a special token is plain text, not an end of turn.
     targets = [record.target_text.strip() for record in records]
@@ -198,10 +190,7 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Sum
     used = sorted({record.embedding_index for record, _ in kept})
     for start in range(0, len(used), _BLOCK_ROWS):
         rows = used[start : start + _BLOCK_ROWS]
-        try:
-            check_rows(embeddings[rows].float().numpy(), rows)
-        except ValueError as error:
-            raise ValueError(f"{paths.embeddings}: {error}") from error
+        check_rows(embeddings[rows].float().numpy(), rows, f"{paths.embeddings}: row")
     numbers: dict[str, int] = {}
     loaded = SummaryDataset(
         records=[record for record, _ in kept],
@@ -236,28 +225,24 @@ def epoch_batches(split: SummaryDataset, batch_size: int, seed: int, epoch: int)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator).tolist()
     chunk = 64 * batch_size
-    batches = [
-        batch
-        for start in range(0, len(order), chunk)
-        for batch in split.bucket(order[start : start + chunk], batch_size)
-    ]
+    chunks = (order[start : start + chunk] for start in range(0, len(order), chunk))
+    batches = [batch for rows in chunks for batch in split.bucket(rows, batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def load_batches(split: SummaryDataset, batches: list[list[int]], config: SummaryTrainingConfig) -> Iterator[Batch]:
     """Iterate over collated `batches`, in worker processes where the config asks for them."""
-    workers = config.num_workers
     return iter(
         DataLoader(
             split,
             batch_sampler=batches,
             collate_fn=split.collate,
-            num_workers=workers,
+            num_workers=config.num_workers,
             # Without it each new loader draws a seed from the global generator. A resumed run makes one loader more, so
             # its later random numbers would differ from those of a run that was never stopped.
             generator=torch.Generator(),
             pin_memory=config.pin_memory,
             persistent_workers=config.persistent_workers,
-            prefetch_factor=config.prefetch_factor if workers else None,
+            prefetch_factor=config.prefetch_factor if config.num_workers else None,
         )
     )

@@ -1,7 +1,4 @@
-"""Files of a corpus: JSONL records, safetensors rows, where they are, and writing that is whole or not at all.
-
-Formats: https://jsonlines.org and https://huggingface.co/docs/safetensors (8-byte length, JSON header, raw rows).
-"""
+"""Files of a corpus: JSONL records and safetensors rows, where they are, and writing that is whole or not at all."""
 
 import hashlib
 import json
@@ -11,11 +8,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
 import orjson
+import platformdirs
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from elmlib.data.prompts import check_template
 
@@ -48,44 +48,21 @@ class Record(msgspec.Struct, frozen=True, gc=False):
         return orjson.dumps(msgspec.structs.asdict(self), option=orjson.OPT_APPEND_NEWLINE)
 
 
-_FIELDS = msgspec.structs.fields(Record)
-_decode = msgspec.json.Decoder(Record).decode
-
-
 def parse_record(line: bytes, num_rows: int) -> Record:
     """A JSONL line as a record that points into `num_rows` embeddings.
 
-    Unknown fields are ignored; null in an optional field counts as absent. Raises ValueError with the reason.
+    Unknown fields are ignored; null counts as absent. Raises ValueError with the reason.
     """
-    try:
-        line.decode()  # the decoder does not look at the bytes of unknown fields
-        record = _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        record = _convert(parse_line(line))
+    values = parse_line(line)
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if value is not None}
+    record = msgspec.convert(values, Record)  # its errors are ValueErrors that name the field
     if not 0 <= record.embedding_index < num_rows:
         raise ValueError(f"embedding_index {record.embedding_index} is outside the {num_rows} rows of the embeddings")
     if not record.target_text.strip():
         raise ValueError("target_text is empty")
     check_template(record.input_prompt_template)
     return record
-
-
-def _convert(values: Any) -> Record:
-    """The record of parsed JSON; ValueError names the first field that is missing or has another type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
-    values = {name: value for name, value in values.items() if value is not None or name not in _OPTIONAL}
-    for field in _FIELDS:
-        if field.name not in values and field.required:
-            raise ValueError(f"field {field.name!r} is missing")
-        value, types = values.get(field.name, field.default), get_args(field.type) or (field.type,)
-        if not isinstance(value, types) or isinstance(value, bool):
-            expected = " or ".join(it.__name__ for it in types)
-            raise ValueError(f"field {field.name!r} is {value!r}; expected {expected}")
-    return msgspec.convert(values, Record)
-
-
-_OPTIONAL = {field.name for field in _FIELDS if not field.required}
 
 
 def read_records(path: Path, num_rows: int) -> Iterator[Record]:
@@ -119,12 +96,10 @@ def parse_line(line: bytes, where: str = "") -> Any:
     """One line of JSON; ValueError begins with `where` and says whether the bytes or the JSON are broken."""
     prefix = f"{where}: " if where else ""
     try:
-        return orjson.loads(line)
+        return orjson.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prefix}not UTF-8: {error}") from error
     except orjson.JSONDecodeError as error:
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as bad_bytes:
-            raise ValueError(f"{prefix}not UTF-8: {bad_bytes}") from error
         raise ValueError(f"{prefix}not valid JSON: {error}") from error
 
 
@@ -139,34 +114,21 @@ class EmbeddingFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        size = self.path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > size - 8:
-                raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ValueError(f"{path} is no safetensors file: its header is not JSON") from error
-        if not isinstance(header, dict):
-            raise ValueError(f"{path} is no safetensors file: its header is no JSON object")
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        if list(header) != [TENSOR]:
-            raise ValueError(f"{path} holds the tensors {sorted(header)}; expected the single tensor {TENSOR!r}")
-        tensor = header[TENSOR]
-        if not (isinstance(tensor, dict) and tensor.keys() >= {"dtype", "shape", "data_offsets"}):
-            raise ValueError(f"{path} is no safetensors file: its header describes the tensor as {tensor}")
-        self.dtype: str = tensor["dtype"]
-        if self.dtype not in _ITEM_BYTES or len(tensor["shape"]) != 2 or 0 in tensor["shape"]:
-            raise ValueError(f"{path}: {self.dtype} of shape {tensor['shape']}; expected 2-D F32 or BF16, not empty")
-        self.num_rows, self.dim = tensor["shape"]
+        try:
+            with safe_open(path, "np") as file:  # reads the header and compares it with the size of the file
+                if list(file.keys()) != [TENSOR]:
+                    raise ValueError(f"{path} holds the tensors {sorted(file.keys())}; expected only {TENSOR!r}")
+                self.dtype: str = file.get_slice(TENSOR).get_dtype()
+                shape: list[int] = file.get_slice(TENSOR).get_shape()
+                self.metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        if self.dtype not in _ITEM_BYTES or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{path}: {self.dtype} of shape {shape}; expected 2-D F32 or BF16, not empty")
+        self.num_rows, self.dim = shape
         self._row_bytes = self.dim * _ITEM_BYTES[self.dtype]
-        self._start = 8 + length + tensor["data_offsets"][0]
-        expected = self._start + self.num_rows * self._row_bytes
-        if size != expected:
-            raise ValueError(f"{path} is truncated or padded: {size} bytes; {expected} expected from its header")
         self._file = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+        self._start = self._file.seek(-self.num_rows * self._row_bytes, os.SEEK_END)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +139,8 @@ class EmbeddingFile:
     def raw(self, start: int, stop: int) -> bytes:
         """Rows start to stop as on disk."""
         assert 0 <= start <= stop <= self.num_rows, (start, stop, self.num_rows)
-        return os.pread(self._file.fileno(), (stop - start) * self._row_bytes, self._start + start * self._row_bytes)
+        self._file.seek(self._start + start * self._row_bytes)
+        return self._file.read((stop - start) * self._row_bytes)  # more than 2 GiB too, unlike os.pread
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as float32, (stop - start, dim)."""
@@ -188,21 +151,18 @@ class EmbeddingFile:
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.dim)
 
 
-def check_rows(rows: np.ndarray, numbers: Sequence[int]) -> None:
-    """Raise ValueError, with the row's number out of `numbers`, for a vector that is not finite or all zero."""
+def check_rows(rows: np.ndarray, numbers: Sequence[int], what: str = "row") -> None:
+    """Raise ValueError for a vector that is not finite or all zero: `what`, its number out of `numbers`, the reason."""
     for bad, reason in ((~np.isfinite(rows).all(axis=1), "NaN or infinite"), (~rows.any(axis=1), "all zero")):
         if bad.any():
-            raise ValueError(f"row {numbers[int(bad.argmax())]} is {reason}; expected a finite vector that is not zero")
+            number = numbers[int(bad.argmax())]
+            raise ValueError(f"{what} {number} is {reason}; expected a finite vector that is not zero")
 
 
 def write_embeddings(
-    path: Path,
-    shape: tuple[int, int],
-    chunks: Iterable[bytes],
-    dtype: str = "F32",
-    metadata: dict[str, str] | None = None,
+    path: Path, shape: tuple[int, int], chunks: Iterable[bytes], dtype: str = "F32", metadata: dict | None = None
 ) -> None:
-    """Stream raw rows into a safetensors file that appears whole or not at all."""
+    """Stream raw rows into a safetensors file: 8 bytes of length, a JSON header, the rows."""
     nbytes = shape[0] * shape[1] * _ITEM_BYTES[dtype]
     header = {TENSOR: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, nbytes]}}
     encoded = json.dumps({"__metadata__": metadata or {}} | header).encode()
@@ -239,13 +199,10 @@ def file_digest(path: Path) -> str:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Make the folder `target` by `build(temporary folder)`, unless it exists.
+    """Make the folder `target` by `build(temporary folder)`, unless it exists; it appears whole or not at all.
 
-    Processes that call this at the same time wait for the first. The folder is renamed into place when it is whole: a
-    build that fails or is killed leaves no `target`.
+    Processes that call this at the same time wait for the first.
     """
-    from filelock import FileLock
-
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -264,8 +221,6 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
 
 def cache_folder() -> Path:
     """The folder of cached models and results: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
-    import platformdirs
-
     return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
 
 
@@ -276,37 +231,37 @@ class SplitPaths(NamedTuple):
     embeddings: Path
 
 
+def split_paths(records: Path, embeddings: Path, split: str) -> SplitPaths:
+    """The files of `split` in a folder of records and a folder of embeddings, whether they exist or not."""
+    return SplitPaths(records / f"{split}_synthesis.jsonl", embeddings / f"{split}_embeddings.safetensors")
+
+
 def find_split(data_dir: Path, split: str) -> SplitPaths:
     """The files of `split` under `synthesis/` and `embeddings/` of `data_dir`, or directly in it.
 
-    Raises FileNotFoundError that names all paths that were tried.
+    Raises FileNotFoundError that names all paths that were tried; so do the next two functions.
     """
     records = find_records(Path(data_dir) / f"{split}_synthesis.jsonl")
     return SplitPaths(records, find_embeddings(records))
 
 
 def find_records(path: Path) -> Path:
-    """`path`, or the file of that name in `synthesis/` beside it: the guide names both.
-
-    Raises FileNotFoundError that names both paths.
-    """
-    return _first_existing([path, path.parent / "synthesis" / path.name], "`elm filter` writes it")
+    """`path`, or the file of that name in `synthesis/` beside it: the guide names both."""
+    return _first_existing([path.parent, path.parent / "synthesis"], path.name)
 
 
 def find_embeddings(records: Path) -> Path:
-    """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it.
-
-    Raises FileNotFoundError that names all paths that were tried.
-    """
+    """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it."""
     name = records.name.replace("_synthesis.jsonl", "_embeddings.safetensors")
     if name == records.name:
         raise FileNotFoundError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
     folders = [records.parent, records.parent / "embeddings", records.parent.parent / "embeddings"]
-    return _first_existing([folder / name for folder in folders], "`elm filter` writes it, or use --embeddings")
+    return _first_existing(folders, name, ", or use --embeddings")
 
 
-def _first_existing(paths: list[Path], hint: str) -> Path:
+def _first_existing(folders: list[Path], name: str, hint: str = "") -> Path:
+    paths = [folder / name for folder in folders]
     for path in paths:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"no {paths[0].name}: looked at {', '.join(map(str, paths))}; {hint}")
+    raise FileNotFoundError(f"no {name}: looked at {', '.join(map(str, paths))}; `elm filter` writes it{hint}")

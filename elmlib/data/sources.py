@@ -12,6 +12,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from multiprocessing import get_context
@@ -34,34 +35,29 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # from an escape in a string literal; UTF-8 cannot hold it
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | ast.ClassDef | _Function
 
 
 class Pair(NamedTuple):
-    """A text with its summaries, keywords and category."""
+    """A text with its summaries, keywords and category; pairs of one group stay in one split."""
 
     source_id: str
     group: str
-    """Pairs of one group stay in one split."""
     text: str
     summaries: tuple[str, ...]
-    """Several are variations of one another."""
     keywords: tuple[str, ...] = ()
     category: str = ""
 
 
-class SourceFile(NamedTuple):
-    """A Python file and the name it is imported under."""
+def read_source(config: CorpusConfig, progress: bool) -> tuple[list[Pair], list[str]]:
+    """The pairs that `config.source` names, and `module: reason` of each Python file that could not be read.
 
-    module: str
-    path: Path
-
-
-class SourcePairs(NamedTuple):
-    """The pairs of a source, and the files that could not be read."""
-
-    pairs: list[Pair]
-    skipped: tuple[str, ...]
-    """`module: reason` of each Python file that is not UTF-8 or does not parse."""
+    Raises FileNotFoundError or ValueError, saying what is wrong where.
+    """
+    if config.source == "docstrings":
+        return read_docstrings(source_files(), progress)
+    is_jsonl = config.source.endswith(".jsonl") or Path(config.source).is_file()
+    return (jsonl_pairs if is_jsonl else dataset_pairs)(config), []
 
 
 def jsonl_pairs(config: CorpusConfig) -> list[Pair]:
@@ -107,125 +103,106 @@ def _row_pair(row: Any, source_id: str, where: str, config: CorpusConfig) -> Pai
     def strings(name: str, several: bool = False) -> tuple[str, ...]:
         if name not in row:
             raise ValueError(f"{where}: expected the field {name!r}, found {', '.join(row) or 'no field'}")
-        found = row[name] if several and isinstance(row[name], list) else [row[name]]
-        if not found or not all(isinstance(it, str) and it.strip() for it in found):
+        values = row[name] if several and isinstance(row[name], list) else [row[name]]
+        if not values or not all(map(_is_text, values)):
             expected = "text that is not blank" + (", or a list of such" if several else "")
             raise ValueError(f"{where}: field {name!r} is {reprlib.repr(row[name])}; expected {expected}")
-        return tuple(found)
+        return tuple(values)
 
     group = source_id
     if config.group_field:
         value = row.get(config.group_field)
         group = str(value) if isinstance(value, int) else strings(config.group_field)[0]
-    # Both are optional: a field of that name with another meaning, and so another type, is ignored.
-    keywords = row.get("keywords") or ()
-    keywords = (keywords,) if isinstance(keywords, str) else keywords
-    if not isinstance(keywords, list | tuple) or not all(isinstance(it, str) and it.strip() for it in keywords):
-        keywords = ()
-    category = row.get("category")
-    category = category if isinstance(category, str) and category.strip() else ""
     text, summaries = strings(config.text_field)[0], strings(config.summary_field, several=True)
-    return Pair(source_id, group, text, summaries, tuple(keywords), category)
+    # Both are optional: a field of that name with another meaning, and so another type, is ignored.
+    keywords, category = row.get("keywords"), row.get("category")
+    keywords = [keywords] if isinstance(keywords, str) else keywords
+    if not isinstance(keywords, list) or not all(map(_is_text, keywords)):
+        keywords = []
+    return Pair(source_id, group, text, summaries, tuple(keywords), str(category) if _is_text(category) else "")
 
 
-def docstring_pairs(progress: bool) -> SourcePairs:
-    """The docstrings of the standard library and of elmlib's installed dependencies, ordered by module.
-
-    Raises PackageNotFoundError where elmlib is not installed, since its metadata lists the dependencies.
-    """
-    return read_files(source_files(), progress)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 @cache
-def dependencies(root: str = "elmlib") -> tuple[Distribution, ...]:
-    """The installed distributions that `root` requires, directly or not, all its extras included, ordered by name.
+def dependencies() -> list[Distribution]:
+    """The installed distributions that elmlib requires, directly or not, all its extras included, ordered by name.
 
-    Raises PackageNotFoundError where `root` itself is not installed; a dependency that is not is passed over.
+    Raises PackageNotFoundError where elmlib is not installed, since its metadata lists the dependencies.
     """
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, str]] = set()
-    waiting = [(root, extra) for extra in ["", *(distribution(root).metadata.get_all("Provides-Extra") or ())]]
-    while waiting:
-        name, extra = waiting.pop()
-        name = canonicalize_name(name)
+
+    def visit(name: str, extra: str) -> None:
         if (name, extra) in seen:
-            continue
+            return
         seen.add((name, extra))
-        try:
-            package = found[name] = distribution(name)
-        except PackageNotFoundError:  # an extra that was not asked for
-            continue
-        for required in map(Requirement, package.requires or ()):
-            if required.marker is None or required.marker.evaluate({"extra": extra}):
-                waiting += [(required.name, wanted) for wanted in ["", *required.extras]]
-    del found[canonicalize_name(root)]
-    return tuple(found[name] for name in sorted(found))
+        with suppress(PackageNotFoundError):  # of an extra that was not asked for
+            found[name] = distribution(name)
+            for required in map(Requirement, found[name].requires or ()):
+                if required.marker is None or required.marker.evaluate({"extra": extra}):
+                    for wanted in ("", *required.extras):
+                        visit(canonicalize_name(required.name), wanted)
+
+    for extra in ("", *(distribution("elmlib").metadata.get_all("Provides-Extra") or ())):
+        visit("elmlib", extra)
+    return [found[name] for name in sorted(found) if name != "elmlib"]
 
 
-def source_files() -> list[SourceFile]:
-    """The modules of the standard library and of the dependencies, tests left out, ordered by module."""
+def source_files() -> list[tuple[str, Path]]:
+    """(module, file) of the standard library and of the dependencies, tests left out, ordered by module."""
     library = Path(sysconfig.get_path("stdlib"))
-    names = [path.relative_to(library) for path in library.rglob("*.py")]
-    paths: dict[PurePath, Path] = {
-        name: library / name for name in names if name.parts[0].removesuffix(".py") in sys.stdlib_module_names
-    }
+    paths: dict[PurePath, Path] = {path.relative_to(library): path for path in library.rglob("*.py")}
+    paths = {name: path for name, path in paths.items() if name.parts[0].removesuffix(".py") in sys.stdlib_module_names}
     for package in dependencies():
         for file in package.files or ():
             if file.suffix == ".py":
                 paths[PurePath(file)] = Path(str(package.locate_file(file)))
-    return sorted(SourceFile(_module(name), path) for name, path in paths.items() if _is_module(name))
+    files = []
+    for name, path in paths.items():
+        parts = name.with_suffix("").parts
+        if _NO_MODULES.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            files.append((".".join(parts).removesuffix(".__init__"), path))
+    return sorted(files)
 
 
-def _is_module(name: PurePath) -> bool:
-    parts = name.with_suffix("").parts
-    return _NO_MODULES.isdisjoint(parts) and all(part.isidentifier() for part in parts)
-
-
-def _module(name: PurePath) -> str:
-    return ".".join(name.with_suffix("").parts).removesuffix(".__init__")
-
-
-def read_files(files: list[SourceFile], progress: bool) -> SourcePairs:
-    """The pairs of `files`, in their order; where a name comes twice (setters, overloads) the first stays."""
+def read_docstrings(files: list[tuple[str, Path]], progress: bool) -> tuple[list[Pair], list[str]]:
+    """The pairs of all files in their order, and what could not be read; of one name (overloads) the first stays."""
     pairs: dict[str, Pair] = {}
     skipped: list[str] = []
-    for source, (found, error) in zip(files, _parse_all(files, progress), strict=True):
-        for pair in found:
-            pairs.setdefault(pair.source_id, pair)
-        if error:
-            skipped.append(f"{source.module}: {error}")
-    return SourcePairs(list(pairs.values()), tuple(skipped))
-
-
-def _parse_all(files: list[SourceFile], progress: bool) -> Iterator[tuple[list[Pair], str]]:
-    workers = min(os.cpu_count() or 1, len(files) // _FILES_A_PROCESS)
-    bar = {"total": len(files), "desc": "docstrings", "unit": "file", "disable": not progress}
-    if workers < 2:
-        yield from tqdm(map(file_pairs, files), **bar)
-        return
+    workers = min(os.cpu_count() or 1, 1 + len(files) // _FILES_A_PROCESS)
     # spawn: torch has threads by the time this is called, and a forked copy of them may hang
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from tqdm(pool.map(file_pairs, files, chunksize=_CHUNK), **bar)
+        results = pool.map(file_pairs, files, chunksize=_CHUNK)
+        bar = tqdm(results, total=len(files), desc="docstrings", unit="file", disable=not progress)
+        for (module, _), (found, error) in zip(files, bar, strict=True):
+            for pair in found:
+                pairs.setdefault(pair.source_id, pair)
+            if error:
+                skipped.append(f"{module}: {error}")
+    return list(pairs.values()), skipped
 
 
-def file_pairs(source: SourceFile) -> tuple[list[Pair], str]:
-    """The pairs of one file in source order, or none and the reason why it cannot be read."""
+def file_pairs(source: tuple[str, Path]) -> tuple[list[Pair], str]:
+    """The pairs of one (module, file) in source order, or none and the reason why it cannot be read."""
+    module, path = source
     try:
-        code = source.path.read_bytes()
+        code = path.read_bytes()
         if b'"""' not in code and b"'''" not in code:  # most files without docstrings; parsing is the slow part
             return [], ""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # escapes like "\d" in other people's strings
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")  # escapes like "\d" in other people's strings
             tree = ast.parse(code.decode("utf-8-sig"))
-        found = [_pair(node, name, source.module) for name, node in _definitions(tree, source.module)]
+        found = [_pair(node, name, module) for name, node in _definitions(tree, module)]
     except (OSError, SyntaxError, ValueError, RecursionError) as error:
         return [], f"{type(error).__name__}: {error}"
     return [pair for pair in found if pair], ""
 
 
-def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Module | ast.ClassDef | _Function]]:
-    if isinstance(node, ast.Module | ast.ClassDef | _Function):
+def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, _Documented]]:
+    if isinstance(node, _Documented):
         yield name, node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | _Function):
@@ -234,7 +211,7 @@ def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Module | a
             yield from _definitions(child, name)
 
 
-def _pair(node: ast.Module | ast.ClassDef | _Function, name: str, module: str) -> Pair | None:
+def _pair(node: _Documented, name: str, module: str) -> Pair | None:
     first, *rest = _BLANK_LINES.split(ast.get_docstring(node) or "", maxsplit=1)
     words = first.split()
     if not rest or len(words) not in SUMMARY_WORDS or len(rest[0].split()) < MIN_TEXT_WORDS:
@@ -244,7 +221,7 @@ def _pair(node: ast.Module | ast.ClassDef | _Function, name: str, module: str) -
     return Pair(name, module, rest[0], (" ".join(words),), _parameters(node), module.partition(".")[0])
 
 
-def _parameters(node: ast.Module | ast.ClassDef | _Function) -> tuple[str, ...]:
+def _parameters(node: _Documented) -> tuple[str, ...]:
     """Parameters by name, without *args and **kwargs, which say nothing about the text."""
     if isinstance(node, ast.ClassDef):
         return next((_parameters(it) for it in node.body if isinstance(it, _Function) and it.name == "__init__"), ())

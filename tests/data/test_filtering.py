@@ -14,10 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from elmlib.config import FilterConfig
 from elmlib.data import filtering
-from elmlib.data.filtering import filter_corpus
+from elmlib.data.filtering import FilterReport, filter_corpus
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, EmbeddingFile, write_embeddings
-from elmlib.data.reports import FilterReport
 
 NUM_ROWS, DIM = 12, 4
 
@@ -129,12 +128,11 @@ def test_the_report_counts_what_is_kept(config: FilterConfig) -> None:
     counts = report.splits["val"]
     assert (counts.read, counts.kept, counts.dropped, counts.rejected) == (24, 12, 12, 0)
     assert (counts.embedding_rows_read, counts.embedding_rows_kept) == (12, 6)
-    tokens = counts.token_counts
-    assert (tokens.minimum, tokens.mean, tokens.maximum, tokens.total) == (10, 15.0, 20, 180)
+    assert counts.token_counts == {"minimum": 10, "mean": 15.0, "maximum": 20, "total": 180}
     assert counts.variations == {"0": 6, "1": 6}
     assert counts.temperatures == {"0.3": 6, "0.7": 6}
     stored = json.loads((config.output_dir / "filter_report.json").read_text())
-    assert stored["splits"]["val"]["token_counts"] == vars(tokens)
+    assert stored["splits"]["val"]["token_counts"] == counts.token_counts
     assert stored["leaks"] == []
     frame = report.to_frame()
     assert (frame.index.name, list(frame.columns)) == ("summary", list(SPLITS))
@@ -251,21 +249,21 @@ BAD_RECORDS = {
     "NaN in JSON": (change_line(3, lambda line: line.replace(b"0.85", b"NaN")), 3, "not valid JSON"),
     "not UTF-8": (change_line(3, lambda line: line.replace(b"says", b"s\xe4ys")), 3, "not UTF-8"),
     "not UTF-8 in an unknown field": (change_line(3, lambda line: line.replace(b"{text}", b"\xe4", 1)), 3, "not UTF-8"),
-    "no object": (change_line(3, lambda line: b"[]"), 3, "expected a JSON object, found list"),
-    "missing field": (without_field(3, "top_p"), 3, "field 'top_p' is missing"),
-    "missing field of another task": (without_field(4, "top_p"), 4, "field 'top_p' is missing"),
-    "mistyped text": (change_field(3, target_text=7), 3, "field 'target_text' is 7; expected str"),
-    "mistyped number": (change_field(3, temperature="hot"), 3, "field 'temperature' is 'hot'"),
-    "mistyped source": (change_field(3, source_id=7), 3, "field 'source_id' is 7; expected str"),
-    "mistyped source text": (change_field(3, source_text=[]), 3, r"field 'source_text' is \[\]; expected str"),
-    "unhashable task": (change_field(3, task_type=[]), 3, r"field 'task_type' is \[\]; expected str"),
+    "no object": (change_line(3, lambda line: b"[]"), 3, "Expected `object`, got `array`"),
+    "missing field": (without_field(3, "top_p"), 3, "missing required field `top_p`"),
+    "missing field of another task": (without_field(4, "top_p"), 4, "missing required field `top_p`"),
+    "mistyped text": (change_field(3, target_text=7), 3, r"Expected `str`, got `int` - at `\$.target_text`"),
+    "mistyped number": (change_field(3, temperature="hot"), 3, r"Expected `int \| float`, got `str`"),
+    "mistyped source": (change_field(3, source_id=7), 3, r"Expected `str`, got `int` - at `\$.source_id`"),
+    "mistyped source text": (change_field(3, source_text=[]), 3, r"Expected `str`, got `array` - at `\$.source_text`"),
+    "unhashable task": (change_field(3, task_type=[]), 3, r"Expected `str`, got `array` - at `\$.task_type`"),
     "empty target": (change_field(3, target_text=" "), 3, "target_text is empty"),
     "no slot": (change_field(3, input_prompt_template="Hello"), 3, "0 times; expected once"),
     "negative index": (change_field(3, embedding_index=-1), 3, "embedding_index -1 is outside the 12 rows"),
     "index out of range": (change_field(3, embedding_index=12), 3, "embedding_index 12 is outside the 12 rows"),
-    "index far out of range": (change_field(3, embedding_index=2**70), 3, "embedding_index 11805.* is outside the 12"),
-    "float index": (change_field(3, embedding_index=1.0), 3, "field 'embedding_index' is 1.0; expected int"),
-    "bool index": (change_field(3, embedding_index=True), 3, "field 'embedding_index' is True; expected int"),
+    "index far out of range": (change_field(3, embedding_index=2**70), 3, "Expected `int`, got `float`"),
+    "float index": (change_field(3, embedding_index=1.0), 3, r"Expected `int`, got `float` - at `\$.embedding_index`"),
+    "bool index": (change_field(3, embedding_index=True), 3, r"Expected `int`, got `bool` - at `\$.embedding_index`"),
     "NaN vector": (change_row(8, np.nan), 6, "val_embeddings.safetensors: row 8 is NaN or infinite"),
     "infinite vector": (change_row(8, -np.inf), 6, "val_embeddings.safetensors: row 8 is NaN or infinite"),
     "zero vector": (change_row(8, 0), 6, "val_embeddings.safetensors: row 8 is all zero"),
@@ -286,7 +284,7 @@ BAD_FILES = {
     ),
     "another dimension": (
         write_vectors(embeddings=np.ones((NUM_ROWS, DIM + 1), np.float32)),
-        "val_embeddings.safetensors: 5 numbers a vector.*'train': 4, 'val': 5",
+        "vectors of one size, but .*train_embeddings.safetensors': 4, .*val_embeddings.safetensors': 5",
     ),
     "none of the task": (
         lambda c: write_lines(lines_path(c, "val"), [make_values("val", row, "keywords") for row in range(3)]),
@@ -350,7 +348,7 @@ def test_a_failure_leaves_an_earlier_output_as_it_was(
     assert output(config) == earlier
 
 
-@pytest.mark.parametrize("step", ["_keep_records", "_kept_rows", "_find_leaks", "asdict"])
+@pytest.mark.parametrize("step", ["_hash_rows", "_with_index", "_find_leaks", "asdict"])
 def test_an_interruption_leaves_an_earlier_output_as_it_was(
     config: FilterConfig, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
