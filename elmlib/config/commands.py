@@ -214,7 +214,7 @@ class StudyConfig(StudyPlace):
     """JSON or YAML file of training settings that replace the defaults in every trial; the search space and the
     flags here win."""
     space: Path | None = None
-    """YAML or Python file with another search space than the guide's."""
+    """YAML file with another search space than the guide's."""
     grid: Path | None = None
     """YAML file of variants (name -> changed training settings), each trained at `seeds` seeds in the place of a
     search: an ablation."""

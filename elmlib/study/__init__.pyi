@@ -8,6 +8,5 @@ from .results import (
     trials_frame as trials_frame,
     variants_frame as variants_frame,
 )
-from .search_space import load_grid as load_grid, load_space as load_space
 from .study import StudyFailedError as StudyFailedError, run_study as run_study, submit_launchers as submit_launchers
 from .trial import OptunaCallback as OptunaCallback

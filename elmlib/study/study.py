@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,11 +16,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
+from filelock import FileLock, Timeout
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -32,19 +32,8 @@ from tqdm.auto import tqdm
 from elmlib.config import StudyConfig
 from elmlib.data.records import atomic_path
 from elmlib.evaluation.metrics import objective
-from elmlib.study.results import (
-    HALTED,
-    Progress,
-    best_trial,
-    common_failure,
-    is_retried,
-    last_attempts,
-    publish,
-    storage_address,
-    tally,
-    write_results,
-)
-from elmlib.study.search_space import Settings, check_contract, plan_study
+from elmlib.study import results
+from elmlib.study.search_space import check_contract, plan_study
 from elmlib.study.trial import (
     PRUNER,
     STORAGE_VARIABLE,
@@ -52,7 +41,7 @@ from elmlib.study.trial import (
     TrialProcess,
     open_storage,
     patiently,
-    take_over,
+    run_files,
     trial_environments,
 )
 from elmlib.training.loggers import read_metrics
@@ -60,7 +49,7 @@ from elmlib.training.loggers import read_metrics
 logger = logging.getLogger(__name__)
 
 CONTRACT, LAUNCHER = "contract", "launcher"
-"""Attributes: what all trials of a study have in common; the launcher of a trial or of a study on SQLite."""
+"""Attribute of a study: what all of its trials have in common; attribute of a trial: its launcher."""
 
 _POLL, _LOOK = 0.1, 1.0  # seconds between looks at the trial processes, and at a study with nothing to start
 _ADVISORY = 0x656C6D << 32  # the range of PostgreSQL's advisory locks that elmlib uses
@@ -78,13 +67,14 @@ def run_study(config: StudyConfig) -> optuna.Study:
     by the next start. Raises ValueError or FileNotFoundError for settings, data, a space or a storage that do not fit,
     and StudyFailedError if no trial completed.
     """
-    launcher = Launcher(config, storage_address(config))
+    launcher = Launcher(config, results.storage_address(config))
     launcher.run()
     study = launcher.study
-    write_results(study, config, launcher.plan.target)
-    reason, failures = study.user_attrs.get(HALTED), [t for t in study.trials if "reason" in t.user_attrs]
-    if best_trial(study) is None and not launcher.presses and not launcher.is_late():
-        reason = reason or (failures[-1].user_attrs["reason"] if failures else "all trials were pruned")
+    results.write_results(study, config, launcher.plan.target)
+    reason = study.user_attrs.get(results.HALTED)
+    if results.best_trial(study) is None and not launcher.presses and not launcher.is_late():
+        reasons = [trial.user_attrs["reason"] for trial in study.trials if "reason" in trial.user_attrs]
+        reason = reason or (["all trials were pruned", *reasons][-1])
         raise StudyFailedError(f"no trial of study {study.study_name!r} completed: {reason}")
     if reason:
         logger.error("the study stopped: %s", reason)
@@ -98,7 +88,7 @@ def submit_launchers(config: StudyConfig) -> list[str]:
     """
     import submitit
 
-    address = storage_address(config)
+    address = results.storage_address(config)
     if not address.startswith("postgresql"):
         raise ValueError("several launchers need PostgreSQL: set ELM_STUDY_STORAGE to postgresql+psycopg://...")
     Launcher(config, address)
@@ -116,7 +106,7 @@ def submit_launchers(config: StudyConfig) -> list[str]:
 
 
 def _launch(config: StudyConfig) -> None:
-    run_study(config)
+    run_study(config)  # a job returns nothing: submitit would pickle the study, and the address with it
 
 
 class Launcher:
@@ -128,10 +118,11 @@ class Launcher:
         self.plan = plan_study(config)
         self.storage = open_storage(address, config.heartbeat)
         self.is_shared = self.storage.engine.dialect.name == "postgresql"
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.started = datetime.now()
         self.deadline = time.time() + 3600 * config.timeout if config.timeout else float("inf")
         self.running: dict[int, TrialProcess] = {}
+        """GPU, or share of the processors -> its trial."""
         self.presses = 0
         self.beaten = 0.0
         with self._lock():
@@ -151,44 +142,47 @@ class Launcher:
 
     def run(self) -> None:
         """Start, watch and end trials until the study has enough, its time is up, it is halted or it is interrupted."""
-        if not self.is_shared:
-            self._claim()
-        if self.study.user_attrs.get(HALTED):
-            self.study.set_user_attr(HALTED, "")
         slots, looked = trial_environments(self.config.jobs), 0.0
-        with self._signals(), Progress(self.study, self.config, self.plan.target) as progress:
+        finished = results.tally(self.study.get_trials(), self.config.max_retries)["finished"]
+        # Without smoothing: the mean over all trials, where its default would count each look without a new one.
+        bar = tqdm(initial=finished, total=self.plan.target, desc=self.config.study_name, unit="trial", smoothing=0)
+        with bar, self._claim(), self._signals():
+            self.study.set_user_attr(results.HALTED, "")
             try:
-                while True:
+                while self.presses < 2 and not self.is_late():
                     self._beat()
-                    for slot in [slot for slot, it in self.running.items() if not it.is_running()]:
-                        self._finish(self.running.pop(slot))
-                        progress.update()
-                    if self.presses > 1 or self.is_late():
-                        return
-                    halts = self.presses > 0 or bool(self.study.user_attrs.get(HALTED))
+                    for slot, process in list(self.running.items()):
+                        if not process.is_running():
+                            del self.running[slot]
+                            self._finish(process.trial, process.folder, process.outcome())
                     free = [slot for slot in range(len(slots)) if slot not in self.running]
-                    if free and not halts and time.monotonic() > looked + _LOOK:
-                        trial = patiently(self._ask)
-                        looked = 0.0 if trial else time.monotonic()
-                        if trial:
-                            self._start(trial, free[0], slots[free[0]])
-                            continue
-                        if progress.update().finished >= self.plan.target and not self.running:
+                    if free and time.monotonic() > looked + _LOOK:
+                        is_over = self._is_over(bar) or self.presses > 0
+                        if is_over and not self.running:
                             return
-                    if halts and not self.running:
-                        return
+                        if trial := None if is_over else patiently(self._ask):
+                            self._start(trial, free[0], slots[free[0]])
+                        else:
+                            looked = time.monotonic()
                     time.sleep(_POLL)
             finally:
-                kind, reason = ("timed out", "time is up") if self.is_late() else ("interrupted", "interrupted")
-                for each in self.running.values():
-                    each.kill()
-                    self._finish(each, Outcome(kind, f"the study: {reason}"))  # type: ignore[arg-type]
-                if not self.is_shared:
-                    self.study.set_user_attr(LAUNCHER, {})
+                kind = "timed out" if self.is_late() else "interrupted"
+                for process in self.running.values():
+                    process.kill()
+                    self._finish(process.trial, process.folder, Outcome(kind, f"the study stopped it: {kind}"))
 
     def is_late(self) -> bool:
         """Whether the study's time is up."""
         return time.time() > self.deadline
+
+    def _is_over(self, bar: "tqdm[Any]") -> bool:
+        """Whether the study has enough trials or is halted; updates the progress bar."""
+        trials, halted = patiently(lambda: (self.study.get_trials(), self.study.user_attrs.get(results.HALTED)))
+        counts = results.tally(trials, self.config.max_retries)
+        best = max([trial.value or 0.0 for trial in trials if trial.state == TrialState.COMPLETE], default=math.nan)
+        bar.set_postfix({name: counts[name] for name in ("running", "pruned", "failed")} | {"best": best})
+        bar.update(counts["finished"] - bar.n)
+        return bool(halted) or counts["finished"] >= self.plan.target
 
     @contextmanager
     def _lock(self) -> Iterator[Callable[[], object]]:
@@ -202,34 +196,31 @@ class Launcher:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
             yield lambda: connection.execute(text("SELECT 1"))
 
-    def _claim(self) -> None:
-        """Become the one launcher of a study on SQLite, and fail the trials of one that has ended; ValueError while
-        another one runs."""
-        other = self.study.user_attrs.get(LAUNCHER)
-        host, pid, _ = (other or {"name": "::"})["name"].rsplit(":", 2)
-        is_gone = host == socket.gethostname() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
-        if other and not is_gone and time.time() - other["time"] < 3 * self.config.heartbeat:
-            raise ValueError(
-                f"study {self.study.study_name!r} is run by another launcher ({other['name']}); use PostgreSQL for "
-                f"several. If that one is gone, start again in {3 * self.config.heartbeat} s"
-            )
-        self._beat()
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.storage.set_trial_user_attr(trial._trial_id, "reason", "its launcher ended")
-            self.study.tell(trial.number, state=TrialState.FAIL)
+    @contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Be the one launcher of a study on SQLite, and fail the trials of one that has ended; ValueError while another
+        one runs."""
+        if self.is_shared:
+            yield
+            return
+        name = self.config.study_name
+        try:
+            with FileLock(f"{self.storage.engine.url.database}.{name}.lock", timeout=0):  # ends with this process
+                for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    self.storage.set_trial_user_attr(trial._trial_id, "reason", "its launcher ended")
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+                yield
+        except Timeout as error:
+            raise ValueError(f"study {name!r} is run by another launcher; use PostgreSQL for several") from error
 
     def _beat(self) -> None:
         """Record the heartbeats, and kill each trial that another launcher has marked as lost."""
         if time.monotonic() < self.beaten + self.config.heartbeat / 3:
             return
         self.beaten = time.monotonic()
-        if not self.is_shared:
-            sign = {"name": self.name, "time": time.time()}
-            patiently(lambda: self.study.set_user_attr(LAUNCHER, sign))
         for slot, process in list(self.running.items()):
-            number = process.trial._trial_id
-            patiently(lambda number=number: self.storage.record_heartbeat(number))  # type: ignore[misc]
-            if patiently(lambda number=number: self.storage.get_trial(number)).state.is_finished():  # type: ignore[misc]
+            patiently(partial(self.storage.record_heartbeat, process.trial._trial_id))
+            if patiently(partial(self.storage.get_trial, process.trial._trial_id)).state.is_finished():
                 logger.warning("another launcher marked trial %d as lost and runs it again", process.trial.number)
                 process.kill()
                 del self.running[slot]
@@ -246,81 +237,75 @@ class Launcher:
                 if trial.state == TrialState.RUNNING and LAUNCHER not in trial.user_attrs:
                     self.storage.record_heartbeat(trial._trial_id)
                     self.storage.set_trial_user_attr(trial._trial_id, LAUNCHER, "none")
-            if reason := common_failure(trials, self.started):
-                self.study.set_user_attr(HALTED, reason)  # all launchers of the study stop
+            if reason := self.study.user_attrs.get(results.HALTED) or results.common_failure(trials, self.started):
+                self.study.set_user_attr(results.HALTED, reason)  # all launchers of the study stop
                 return None
             retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-            for lost in [trial for trial in last_attempts(trials) if is_retried(trial, self.config.max_retries)]:
-                again, how = deepcopy(lost), lost.user_attrs.get("outcome", "killed")
-                again.user_attrs = {name: value for name, value in lost.user_attrs.items() if name in _KEPT}
-                again.user_attrs["retry"] = f"trial {lost.number} again, which was {how}"
+            for lost in results.last_attempts(trials):
+                if not results.is_retried(lost, self.config.max_retries):
+                    continue
+                again = deepcopy(lost)
+                again.user_attrs = {name: lost.user_attrs[name] for name in _KEPT if name in lost.user_attrs}
+                again.user_attrs["retry"] = f"trial {lost.number} again, which was {results.outcome_of(lost)}"
                 check()
                 retry(self.study, again)
             trials = self.study.get_trials(deepcopy=False)
-            now = tally(trials, self.config.max_retries)
-            if now.finished + now.running >= self.plan.target:
+            counts = results.tally(trials, self.config.max_retries)
+            if counts["finished"] + counts["running"] >= self.plan.target:
                 return None
             begun = sum("retry_history" not in trial.system_attrs for trial in trials)
             check()
-            if not now.waiting and begun < len(self.plan.first):
-                self.study.enqueue_trial(self.plan.first[begun].params, user_attrs=self.plan.first[begun].attributes)
-            # Seeded by the number of begun trials: a study that was stopped samples what it would have.
-            seed = self.config.seed + now.begun
+            if not counts["waiting"] and begun < len(self.plan.first):
+                self.study.add_trial(self.plan.first[begun])
+            # Seeded by the number of attempts: a study that was stopped samples what it would have.
+            seed = self.config.seed + sum(trial.state != TrialState.WAITING for trial in trials)
             self.study.sampler = TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
-            asked = self.study.ask()
+            asked = self.study.ask(self.plan.space)
             self.storage.record_heartbeat(asked._trial_id)
             asked.set_user_attr(LAUNCHER, self.name)
-            try:
-                asked.set_user_attr("settings", self.plan.suggest(asked))
-            except ValueError as error:
-                asked.set_user_attr("impossible", str(error))
             return asked
 
     def _start(self, trial: optuna.Trial, slot: int, environment: dict[str, str]) -> None:
         """Start the process of a trial; a retried trial gets the files of the attempt before it."""
+        frozen = patiently(partial(self.storage.get_trial, trial._trial_id))
         folder = self.config.folder / f"trial-{trial.number:04d}"
-        attributes = patiently(lambda: self.storage.get_trial(trial._trial_id))
-        own: Settings = {"checkpoint_dir": str(folder), "wandb_run_name": f"{self.config.study_name}-{folder.name}"}
+        settings = frozen.params | frozen.user_attrs.get("changes", {})
+        settings |= {"checkpoint_dir": str(folder), "wandb_run_name": f"{self.config.study_name}-{folder.name}"}
         try:
-            if message := attributes.user_attrs.get("impossible"):
-                raise ValueError(message)
-            settings = replace(self.plan.base, **attributes.user_attrs["settings"], **own)
+            config = replace(self.plan.base, **settings)
         except ValueError as error:
-            self._tell(trial, folder, Outcome("failed", f"impossible settings: {error}"))
+            self._finish(trial, folder, Outcome("failed", f"impossible settings: {error}"))
             return
-        if folder.exists():  # of a study that was deleted: numbers are never used twice
-            shutil.rmtree(folder)
-        if history := attributes.system_attrs.get("retry_history"):
-            take_over(self.config.folder / f"trial-{history[-1]:04d}", folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of a study that was deleted: numbers are never used twice
+        folder.mkdir(parents=True)
+        if history := frozen.system_attrs.get("retry_history"):
+            for path in run_files(self.config.folder / f"trial-{history[-1]:04d}"):
+                path.rename(folder / path.name)
         environment = environment | {STORAGE_VARIABLE: self.address}
-        self.running[slot] = TrialProcess(trial, folder, self.notebook, settings, environment)
+        self.running[slot] = TrialProcess(trial, self.notebook, config, environment)
 
-    def _finish(self, ended: TrialProcess, outcome: Outcome | None = None) -> None:
-        outcome = outcome or ended.outcome()
+    def _finish(self, trial: optuna.Trial, folder: Path, outcome: Outcome) -> None:
+        """Store how a trial ended, with its metrics, note and artifacts, and tell Optuna."""
         if outcome.kind == "complete" and not math.isfinite(objective(outcome.metrics)):
-            outcome = replace(outcome, kind="failed", reason="the objective is not a number")
+            outcome = outcome._replace(kind="failed", reason="the objective is not a number")
         if outcome.metrics and self.config.grid:
             # The last evaluation and not the best: a choice would favour variants with many evaluations.
-            rows = [row for row in read_metrics(ended.folder / "metrics.jsonl") if row.kind == "eval"]
-            outcome = replace(outcome, metrics=outcome.metrics | (rows[-1].values if rows else {}))
-        self._tell(ended.trial, ended.folder, outcome)
-
-    def _tell(self, trial: optuna.Trial, folder: Path, outcome: Outcome) -> None:
-        """Store how a trial ended, with its metrics, note and artifacts, and tell Optuna."""
-        values: dict[str, Any] = {"outcome": outcome.kind, "folder": str(folder)}
-        values |= {name: getattr(outcome, name) for name in ("reason", "details") if getattr(outcome, name)}
+            rows = [row.values for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"]
+            outcome = outcome._replace(metrics=outcome.metrics | (rows[-1] if rows else {}))
         states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
         state = states.get(outcome.kind, TrialState.FAIL)
-        value = objective(outcome.metrics) if state == TrialState.COMPLETE else None
+        attributes: dict[str, Any] = {"outcome": outcome.kind, "folder": str(folder)}
+        attributes |= {"reason": outcome.reason, "details": outcome.details} | outcome.metrics
 
         def tell() -> None:
-            for name, each in (values | outcome.metrics).items():
-                trial.set_user_attr(name, each)
+            for name, value in attributes.items():
+                if value != "":
+                    trial.set_user_attr(name, value)
             try:
-                publish(trial, folder, outcome, self.config.folder / "artifacts")
+                results.publish(trial, folder, outcome, self.config.folder / "artifacts")
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 logger.warning("trial %d has no note for the dashboard: %s", trial.number, error)
-            self.study.tell(trial, value, state=state)
+            self.study.tell(trial, objective(outcome.metrics) if outcome.kind == "complete" else None, state)
 
         try:
             patiently(tell)
@@ -332,16 +317,15 @@ class Launcher:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first Ctrl-C lets running trials end; the second, and the end of a SLURM job, stops them."""
-        if threading.current_thread() is not threading.main_thread():  # only a main thread takes signals
-            yield
-            return
 
         def press(number: int, _: object) -> None:
             self.presses += 1 if number == signal.SIGINT else 2
             message = "running trials end; Ctrl-C again stops them" if self.presses == 1 else "stopping trials"
             tqdm.write(f"interrupted: {message}", file=sys.stderr)
 
-        before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
+        is_main = threading.current_thread() is threading.main_thread()  # no other thread takes signals
+        taken = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        before = {number: signal.signal(number, press) for number in taken}
         try:
             yield
         finally:

@@ -62,7 +62,7 @@ def check_ended_once(study: optuna.Study, config: StudyConfig) -> list[FrozenTri
     """Each trial has ended, as many as asked for have for good, and a retried one kept its parameters."""
     trials = study.get_trials()
     assert all(trial.state.is_finished() for trial in trials), [trial.state for trial in trials]
-    assert tally(trials, config.max_retries).finished == config.trials
+    assert tally(trials, config.max_retries)["finished"] == config.trials
     for trial in trials:
         if history := trial.system_attrs.get("retry_history"):
             before = trials[history[-1]]

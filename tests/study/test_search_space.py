@@ -3,14 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
 from elmlib.study.search_space import (
     GUIDE_BEST,
-    Space,
+    GUIDE_SPACE,
     base_settings,
     check_contract,
     first_trials,
@@ -32,22 +31,13 @@ GUIDE = {
 }
 
 
-def sampled(space: Space) -> optuna.Trial:
-    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    trial.set_user_attr("returned", space.suggest(trial))
-    return trial
-
-
 def test_load_space_without_a_file_is_the_guides() -> None:
-    trial = sampled(load_space(None))
-    assert trial.distributions == GUIDE
-    assert trial.user_attrs["returned"] == trial.params
-    SummaryTrainingConfig(**trial.params)
+    assert load_space(None) == (GUIDE, {})
 
 
 def test_first_trials_are_in_the_guides_space() -> None:
     base = SummaryTrainingConfig()
-    best, defaults = first_trials(load_space(None), base)
+    best, defaults = first_trials(GUIDE_SPACE, base)
     assert best.params == GUIDE_BEST
     assert defaults.params["learning_rate"] == base.learning_rate and defaults.params["hidden_dim"] == base.hidden_dim
     rows = defaults.params["batch_size"] * defaults.params["gradient_accumulation_steps"]
@@ -58,8 +48,8 @@ def test_first_trials_are_in_the_guides_space() -> None:
 
 
 def test_first_trials_leave_out_defaults_outside_the_space() -> None:
-    first = first_trials(load_space(None), replace(SummaryTrainingConfig(), learning_rate=1.0))
-    assert [trial.attributes["origin"] for trial in first] == ["guide's typical best"]
+    first = first_trials(GUIDE_SPACE, replace(SummaryTrainingConfig(), learning_rate=1.0))
+    assert [trial.user_attrs["origin"] for trial in first] == ["guide's typical best"]
 
 
 def test_load_space_reads_yaml(tmp_path: Path) -> None:
@@ -68,18 +58,14 @@ def test_load_space_reads_yaml(tmp_path: Path) -> None:
         "learning_rate: {low: 1.0e-4, high: 1.0e-3, log: true}\nhidden_dim: {choices: [2048]}\n"
         "num_soft_tokens: {low: 4, high: 8, step: 4}\ndropout_rate: 0.2\n"
     )
-    trial = sampled(load_space(path))
-    assert trial.distributions["learning_rate"] == FloatDistribution(1e-4, 1e-3, log=True)
-    assert trial.user_attrs["returned"] == trial.params | {"dropout_rate": 0.2}
-    assert trial.params["num_soft_tokens"] in (4, 8)
-    assert first_trials(load_space(path), SummaryTrainingConfig()) == ()  # neither has a number of soft tokens
-
-
-def test_load_space_reads_python(tmp_path: Path) -> None:
-    path = tmp_path / "space.py"
-    path.write_text("def suggest(trial):\n    return {'seed': trial.suggest_int('seed', 1, 9)}\n")
-    space = load_space(path)
-    assert sampled(space).params.keys() == space.ranges.keys() == {"seed"}
+    space, fixed = load_space(path)
+    assert space == {
+        "learning_rate": FloatDistribution(1e-4, 1e-3, log=True),
+        "hidden_dim": CategoricalDistribution([2048]),
+        "num_soft_tokens": IntDistribution(4, 8, step=4),
+    }
+    assert fixed == {"dropout_rate": 0.2}
+    assert first_trials(space, SummaryTrainingConfig()) == []  # neither has a number of soft tokens
 
 
 @pytest.mark.parametrize(
@@ -93,6 +79,8 @@ def test_load_space_reads_python(tmp_path: Path) -> None:
         ("num_soft_tokens: {low: 4, high: 9, step: 4}", "num_soft_tokens"),
         ("hidden_dim: {choices: [2048, many]}", "many"),
         ("hidden_dim: {choices: []}", "choices"),
+        ("llm_model_name: {choices: abc}", "choices is no list"),
+        ("num_soft_tokens: {low: 4.5, high: 9}", "4.5"),
         ("dropout_rate: {low: 0.0, high: 1.5}", "1.5"),
         ("llm_model_name: {low: 1, high: 2}", "llm_model_name"),
         ("eval_samples: {choices: [10, 20]}", "eval_samples cannot be searched"),
@@ -107,28 +95,22 @@ def test_load_space_refuses_a_wrong_range_with_file_and_setting(text: str, messa
         load_space(path)
 
 
-def test_load_space_refuses_a_file_that_is_missing_or_no_space(tmp_path: Path) -> None:
+def test_load_space_refuses_a_file_that_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         load_space(tmp_path / "none.yaml")
-    path = tmp_path / "space.py"
-    for text, message in (
-        ("x = 1\n", r"suggest\(trial\)"),
-        ("def suggest(trial):\n    return {'x': 1}\n", "unknown setting x"),
-        ("def suggest(trial):\n    return {'x': trial.suggest_float('x', 0, 1, log=True)}\n", r"space\.py"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load_space(path)
+    (tmp_path / "space.yaml").write_text("{}")
+    with pytest.raises(ValueError, match=r"space\.yaml: expected settings"):
+        load_space(tmp_path / "space.yaml")
 
 
 def test_load_grid_has_each_variant_at_each_seed_and_the_defaults_first(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text("one token: {num_soft_tokens: 1}\ndefaults: {}\n")
-    trials = [trial.attributes for trial in load_grid(path, 2)]
+    trials = [trial.user_attrs for trial in load_grid(path, 2)]
     assert [(trial["variant"], trial["seed"]) for trial in trials] == [
         ("defaults", 0), ("one token", 0), ("defaults", 1), ("one token", 1),
     ]  # fmt: skip
-    assert trials[1]["changes"] == {"num_soft_tokens": 1}
+    assert trials[1]["changes"] == {"num_soft_tokens": 1, "seed": 0}
     path.write_text("one token: {num_soft_token: 1}\n")
     with pytest.raises(ValueError, match=r"grid\.yaml: one token.*num_soft_token"):
         load_grid(path, 1)
@@ -140,7 +122,7 @@ def test_base_settings_refuse_what_the_study_sets_and_keep_the_rest(stub_config:
     base = base_settings(replace(stub_config, seed=7))
     assert (base.max_epochs, base.seed, base.eval_first, base.resume_from) == (3, 7, False, "latest")
     stub_config.training_config.write_text("eval_samples: 31\n")
-    with pytest.raises(ValueError, match=r"base\.yaml: eval_samples is set by the study.*--eval-samples"):
+    with pytest.raises(ValueError, match=r"base\.yaml: eval_samples is set by the study; remove it"):
         base_settings(stub_config)
 
 
@@ -155,9 +137,21 @@ def test_base_settings_with_wandb_need_a_key(stub_config: StudyConfig, monkeypat
 
 def test_check_contract_names_each_difference(stub_config: StudyConfig) -> None:
     before = plan_study(stub_config).contract
+    check_contract("tiny", None, before)
     check_contract("tiny", before, plan_study(stub_config).contract)
     stub_config.notebook.write_text(stub_config.notebook.read_text().replace("* 50", "* 51"))
     assert stub_config.space
     stub_config.space.write_text(stub_config.space.read_text().replace("[16, 32]", "[16, 32, 64]"))
-    with pytest.raises(ValueError, match=r"notebook was .*space: hidden_dim was"):
+    with pytest.raises(ValueError, match=r"space: hidden_dim was .*notebook was"):
         check_contract("tiny", before, plan_study(stub_config).contract)
+
+
+def test_plan_study_takes_the_fixed_settings_of_a_space_and_allows_more_seeds(stub_config: StudyConfig) -> None:
+    assert stub_config.space and stub_config.training_config
+    stub_config.space.write_text("learning_rate: {low: 1.0e-4, high: 1.0e-3}\ndropout_rate: 0.25\nseed: 3\n")
+    plan = plan_study(stub_config)
+    assert (plan.base.dropout_rate, plan.base.seed, plan.base.hidden_dim) == (0.25, 3, 32)
+    assert plan.space == {"learning_rate": FloatDistribution(1e-4, 1e-3)} and plan.target == 3
+    stub_config.space.write_text("faster: {learning_rate: 3.0e-3}\n")
+    one, three = (plan_study(replace(stub_config, grid=stub_config.space, seeds=seeds)) for seeds in (1, 3))
+    assert (one.target, three.target) == (2, 6) and one.contract == three.contract

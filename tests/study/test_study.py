@@ -17,25 +17,23 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from study.studies import begun, check_ended_once, start, wait_for
 from wandb_files import read_run
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
 from elmlib.study import StudyFailedError, cells_frame, results_frame, run_study, submit_launchers, variants_frame
-from elmlib.study.results import best_settings, default_trial, importance, open_study, outcome_of, trials_frame
+from elmlib.study.results import default_trial, open_study, outcome_of, storage_address, trials_frame
 from elmlib.study.study import Launcher
 from elmlib.training import train
 
 
-def space_of(config: StudyConfig, tmp_path: Path, more: str = "") -> StudyConfig:
-    """`config` with a Python space of one parameter and of fixed settings, an expression of the trial's number `n`."""
-    (tmp_path / "space.py").write_text(
-        "def suggest(trial):\n    n = trial.number\n"
-        "    rate = trial.suggest_float('learning_rate', 1e-4, 1e-2)\n"
-        f"    return {{'learning_rate': rate, {more}}}\n"
-    )
-    return replace(config, space=tmp_path / "space.py")
+def space_of(config: StudyConfig, spike_factor: str) -> StudyConfig:
+    """`config` with a space of learning rates and this `spike_factor`, which is the fate of the stub's trials."""
+    assert config.space
+    config.space.write_text(f"learning_rate: {{low: 1.0e-4, high: 1.0e-2}}\nspike_factor: {spike_factor}\n")
+    return config
 
 
 @pytest.mark.slow
@@ -58,7 +56,10 @@ def test_run_study_resumes_and_its_best_settings_give_its_best_score(study_confi
     frame = pandas.read_csv(config.folder / "tiny_trials.csv")
     assert frame["number"].tolist() == [0, 1] and set(frame["outcome"]) <= {"complete", "pruned"}
     again = SummaryTrainingConfig.from_json(config.folder / "tiny_best_config.json")
-    assert again == best_settings(study)
+    settings = SummaryTrainingConfig.from_json(folder / "settings.json")
+    assert again == replace(
+        settings, checkpoint_dir="data/checkpoints", resume_from="", wandb_group="", wandb_run_name=""
+    )
     metrics = train(replace(again, checkpoint_dir=str(config.folder / "again"))).metrics
     for name, value in metrics.items():
         if "seconds" not in name:
@@ -76,9 +77,11 @@ def test_run_study_samples_the_same_after_a_stop(stub_config: StudyConfig) -> No
     assert len({tuple(trial.params.values()) for trial in whole.trials}) == 5
 
 
-def test_run_study_stores_how_each_trial_ended(stub_config: StudyConfig, tmp_path: Path) -> None:
-    fates = "'spike_factor': [3.0, 95.0, 85.0, 0.5][n % 4] if n < 4 else 3.0"  # complete, failed, killed, impossible
-    config = replace(space_of(stub_config, tmp_path, fates.replace("0.5]", "3.0]")), trials=3, jobs=3)
+def test_run_study_stores_how_each_trial_ended(stub_config: StudyConfig) -> None:
+    config = replace(space_of(stub_config, "{choices: [3.0, 95.0, 85.0]}"), trials=3, jobs=3)
+    launcher = Launcher(config, storage_address(config))
+    for number, fate in enumerate((3.0, 95.0, 85.0)):  # complete, failed, killed
+        launcher.study.enqueue_trial({"learning_rate": 1e-3 * (number + 1), "spike_factor": fate})
     study = run_study(config)
     complete, failed, killed, retried = check_ended_once(study, config)
     assert (complete.state, complete.value) == (
@@ -95,8 +98,8 @@ def test_run_study_stores_how_each_trial_ended(stub_config: StudyConfig, tmp_pat
     assert results_frame(study).index[0] == max((complete, retried), key=lambda trial: trial.value or 0).number
 
 
-def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig, tmp_path: Path) -> None:
-    config = replace(space_of(stub_config, tmp_path, "'spike_factor': 95.0"), trials=8, jobs=3)
+def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig) -> None:
+    config = replace(space_of(stub_config, "95.0"), trials=8, jobs=3)
     with pytest.raises(StudyFailedError, match=r"3 trials failed alike: ValueError: no luck at step \d+"):
         run_study(config)
     assert 3 <= len(begun(config)) <= 5  # those that ran beside the third one end
@@ -106,9 +109,9 @@ def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig,
         run_study(replace(config, eval_samples=9))
 
 
-def test_ask_marks_impossible_settings_as_failed(stub_config: StudyConfig, tmp_path: Path) -> None:
-    launcher = Launcher(space_of(stub_config, tmp_path), f"sqlite:///{stub_config.folder}/study.db")
-    launcher.plan = launcher.plan._replace(suggest=lambda trial: {"spike_factor": 0.5})
+def test_start_marks_impossible_settings_as_failed(stub_config: StudyConfig) -> None:
+    launcher = Launcher(stub_config, storage_address(stub_config))
+    launcher.plan = launcher.plan._replace(space={"spike_factor": FloatDistribution(0.5, 0.5)})
     trial = launcher._ask()
     assert trial
     launcher._start(trial, 0, {})
@@ -160,20 +163,17 @@ def test_run_study_lets_trials_end_at_the_first_interrupt_and_stops_them_at_the_
 
 
 @pytest.mark.heavy
-def test_run_study_with_wandb_logs_a_run_of_the_study(stub_config: StudyConfig) -> None:
-    config = replace(stub_config, trials=5, jobs=2, wandb=True, project="p")
+def test_run_study_with_wandb_logs_each_trial_as_a_run_of_the_studys_group(study_config: StudyConfig) -> None:
+    config = replace(study_config, trials=2, wandb=True, project="p")
     assert start(config, WANDB_MODE="offline").wait(240) == 0
-    (log,) = config.folder.glob("wandb/offline-run-*/run-*.wandb")
-    run = read_run(log)
-    assert (run.project, run.name, run.group) == ("p", "tiny", "tiny")
-    study = open_study(config)
-    best = [row["study/best_so_far"] for row in run.history]
-    assert best == sorted(best) and best[-1] == study.best_value
-    shares = {name.removeprefix("importance/"): v for name, v in run.history[-1].items() if "importance" in name}
-    assert shares == pytest.approx(importance(study)) and shares.keys() == study.best_params.keys()
-    settings = json.loads((config.folder / "trial-0003" / "settings.json").read_text())
-    assert (settings["wandb_project"], settings["wandb_group"], settings["use_wandb"]) == ("p", "tiny", True)
-    assert settings["wandb_run_name"] == "tiny-trial-0003"
+    for trial in check_ended_once(open_study(config), config):
+        folder = Path(trial.user_attrs["folder"])
+        (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        run = read_run(log)
+        assert (run.project, run.name, run.group) == ("p", f"tiny-{folder.name}", "tiny")
+        assert trial.value is None or trial.user_attrs["bertscore_f1"] in [
+            row.get("val/bertscore_f1") for row in run.history
+        ]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from elmlib.study.trial import (
     TrialProcess,
     is_out_of_memory,
     make_pruner,
-    take_over,
+    run_files,
     trial_environments,
 )
 from elmlib.training import trainer
@@ -38,7 +38,7 @@ def test_log_reports_each_evaluation_once_at_its_share_of_the_data() -> None:
         callback.log(row)
     callback.log(evaluation(1, 0.9))  # of a run that resumes from a checkpoint
     assert trial.study.trials[0].intermediate_values == {1: 0.2, 2: 0.3}
-    assert callback.stop() == ""
+    assert callback.reason == ""
 
 
 def test_log_reports_the_objective() -> None:
@@ -48,7 +48,7 @@ def test_log_reports_the_objective() -> None:
     assert trial.study.trials[0].intermediate_values[1] == pytest.approx(0.4 - 0.5 * 0.2 - 0.1 * 0.5)
 
 
-def test_stop_prunes_below_the_median_after_the_warmup_and_not_at_the_last_report() -> None:
+def test_log_prunes_below_the_median_after_the_warmup_and_not_at_the_last_report() -> None:
     study = optuna.create_study(direction="maximize", pruner=make_pruner(PRUNER))
     first = OptunaCallback(study.ask(), evals_per_epoch=2, reports=4)
     for number in range(1, 5):
@@ -60,7 +60,7 @@ def test_stop_prunes_below_the_median_after_the_warmup_and_not_at_the_last_repor
     for number in range(1, 5):
         worse.reason = ""
         worse.log(evaluation(number / 2, 0.1))
-        stopped.append(bool(worse.stop()))
+        stopped.append(bool(worse.reason))
     assert stopped == [False, True, True, False]
 
 
@@ -123,13 +123,11 @@ def test_trial_environments_share_the_processors_without_a_gpu(monkeypatch: pyte
     assert trial_environments(1000) == [{"OMP_NUM_THREADS": "1"}] * 1000
 
 
-def test_take_over_moves_the_run_and_not_its_result(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for name in ("adapter_step_4.safetensors", "metrics.jsonl", "best_summary_model.safetensors", "result.json"):
-        (tmp_path / "a" / name).touch()
-    take_over(tmp_path / "a", tmp_path / "b")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.json"]
-    assert len(list((tmp_path / "b").iterdir())) == 3
+def test_run_files_are_the_run_and_not_its_result(tmp_path: Path) -> None:
+    names = ["adapter_step_4.safetensors", "best_summary_model.safetensors", "metrics.jsonl"]
+    for name in (*names, "result.json", "settings.json", "trial.log"):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in run_files(tmp_path)) == names
 
 
 @pytest.fixture
@@ -151,12 +149,12 @@ def test_process_trains_its_parameters_in_this_python_whatever_kernels_and_folde
     settings = SummaryTrainingConfig(
         checkpoint_dir=str(tmp_path / "study {a}" / "t"), learning_rate=1e-5, weight_decay=0.0
     )
-    process = TrialProcess(trial, Path(settings.checkpoint_dir), stub_config.notebook, settings, {})
+    process = TrialProcess(trial, stub_config.notebook, settings, {})
     process.process.wait(60)
     outcome = process.outcome()
     assert (outcome.kind, outcome.reason) == ("complete", ""), (process.folder / "trial.log").read_text()
     assert outcome.metrics["bertscore_composite"] == 50 * 1e-5
-    cells = nbformat.read(process.notebook, 4).cells
+    cells = nbformat.read(process.folder / "stub.ipynb", 4).cells
     assert "learning_rate = 1e-05" in next(cell.source for cell in cells if "injected" in str(cell.metadata))
 
 
@@ -167,7 +165,7 @@ def test_process_tells_a_failure_from_a_dead_kernel_and_takes_its_kernel_with_it
         settings = SummaryTrainingConfig(
             **{"weight_decay": 0.0, "checkpoint_dir": str(tmp_path / "s" / name)} | changes
         )  # type: ignore[arg-type]
-        return TrialProcess(trial, tmp_path / "s" / name, stub_config.notebook, settings, {})
+        return TrialProcess(trial, stub_config.notebook, settings, {})
 
     failing, dying, long = run("a", spike_factor=95.0), run("b", spike_factor=85.0), run("c", weight_decay=600.0)
     for each in (failing, dying):
