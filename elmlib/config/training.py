@@ -69,9 +69,6 @@ class SummaryTrainingConfig:
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2
     """Passes over the training rows; the guide fixes 2 for the search."""
-    max_train_seconds: float = 0.0
-    """Seconds of training, evaluations not counted, after which the run ends; its schedule then follows the clock, so
-    that runs of one length can be compared but none is repeated byte by byte. 0 is no limit."""
     learning_rate: float = 1.6e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
     batch_size: int = 16
@@ -177,8 +174,8 @@ class SummaryTrainingConfig:
         require(self, 1, "gradient_accumulation_steps", "bertscore_batch_size", "eval_interval", "max_new_tokens")
         require(self, 1, "early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor")
         require(self, 1e-12, "residual_scale", "learning_rate", "max_grad_norm", "contrastive_temperature")
-        require(self, 0, "weight_decay", "contrastive_weight", "text_drift_weight", "num_workers")
-        require(self, 0, "max_train_seconds", "evals_per_epoch", "train_rows")
+        require(self, 0, "weight_decay", "contrastive_weight", "text_drift_weight")
+        require(self, 0, "num_workers", "evals_per_epoch", "train_rows")
         require(self, 0, "dropout_rate", high=0.999)
         require(self, 0, "warmup_fraction", high=1)
         require(self, -1, "text_drift_target_similarity", high=1)
@@ -257,6 +254,7 @@ _GONE: dict[str, Any] = {
     "teacher_text_tokens": None,
     "pretrain_epochs": 0,
     "pretrain_tokens": None,
+    "max_train_seconds": 0.0,
 }
 """Setting of earlier versions -> the value with which it did nothing; None for one that depended on another."""
 

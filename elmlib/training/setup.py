@@ -104,7 +104,7 @@ def accumulation_groups(
     return [group[process::processes] for group in groups]
 
 
-def learning_rate(step: float, total_steps: int, config: SummaryTrainingConfig) -> float:
+def learning_rate(step: int, total_steps: int, config: SummaryTrainingConfig) -> float:
     """The rate of optimizer step `step`, from 0: linear warm-up, then a half cosine to 0."""
     warmup = math.ceil(config.warmup_fraction * total_steps)
     if step < warmup:

@@ -176,7 +176,7 @@ class _Run:
         for group in groups:
             started = time.perf_counter()
             values = self._step([next(loader).to(self.device) for _ in group])
-            seconds = self.state.train_seconds + self._mean_over_processes(time.perf_counter() - started)
+            seconds = self.state.train_seconds + time.perf_counter() - started
             self.state = replace(
                 self.state, step=self.state.step + 1, group=self.state.group + 1, train_seconds=seconds
             )
@@ -184,12 +184,11 @@ class _Run:
             if self.world == 1:  # several processes would have to agree; they do so after evaluations
                 self.state = replace(self.state, stopped=self.stop())
             epoch_ends = self.state.group == self.steps_per_epoch[self.state.epoch]
-            ends = epoch_ends or self._is_out_of_time()
-            if ends or self._is_eval_due():  # of a stopped run too: a resumed one does not come back to this step
+            if epoch_ends or self._is_eval_due():  # of a stopped run too: a resumed one does not come back to this step
                 self._evaluate(epoch_ends)
-            if ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
+            if epoch_ends or self.state.stopped or self.state.step % self.config.save_interval == 0:
                 self._save()
-            if ends or self.state.stopped:
+            if self.state.stopped:
                 break
 
     def _is_eval_due(self) -> bool:
@@ -201,7 +200,7 @@ class _Run:
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over an accumulation group: each loss is its sum over the group divided by its count."""
         config, accelerator = self.config, self.accelerator
-        rate = learning_rate(self._schedule_position(), self.total_steps, config)
+        rate = learning_rate(self.state.step, self.total_steps, config)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         sizes = torch.tensor([[b.num_tokens, len(b.labels)] for b in batches], device=self.device).sum(0)
@@ -226,18 +225,6 @@ class _Run:
         self.optimizer.zero_grad()
         values = {"loss": loss_sum, "learning_rate": rate, "grad_norm": float(norm)}
         return values | {each.name: x / counts[each.per] for each, x in zip(losses, sums_of_all, strict=True)}
-
-    def _schedule_position(self) -> float:
-        """Optimizer steps done or, with a time limit that ends the run sooner, the same share of the time."""
-        limit = self.config.max_train_seconds
-        clock = self.total_steps * self.state.train_seconds / limit if limit else 0.0
-        return min(max(self.state.step, clock), self.total_steps)
-
-    def _mean_over_processes(self, seconds: float) -> float:
-        """All processes must agree on when to stop."""
-        if self.world == 1:
-            return seconds
-        return float(self.accelerator.reduce(torch.tensor(seconds, device=self.device), reduction="mean"))
 
     def _check_stable(self, loss: float) -> None:
         mean = self.state.loss_mean
@@ -294,10 +281,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _is_over(self) -> bool:
-        return self._is_stale() or self._is_out_of_time() or bool(self.state.stopped)
+        return self._is_stale() or bool(self.state.stopped)
 
     def _is_stale(self) -> bool:
         return self.state.stale_epochs >= self.config.early_stopping_patience
-
-    def _is_out_of_time(self) -> bool:
-        return 0 < self.config.max_train_seconds <= self.state.train_seconds

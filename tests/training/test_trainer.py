@@ -240,22 +240,6 @@ def test_a_batch_of_one_row_is_told_once(tiny_config: SummaryTrainingConfig, cap
     assert {row.values["contrastive"] for row in rows if row.kind == "step"} == {0.0}
 
 
-def test_a_time_limit_ends_the_run_with_an_evaluation_and_a_rate_near_zero(tiny_config: SummaryTrainingConfig) -> None:
-    config = replace(
-        tiny_config, max_epochs=1000, max_train_seconds=0.5, eval_first=False, eval_interval=10**6,
-        early_stopping_patience=1000,
-    )  # fmt: skip
-    result = train(config)
-    assert 0.5 <= result.metrics["train_seconds"] < 1.5
-    rows = read_metrics(Path(config.checkpoint_dir) / "metrics.jsonl")
-    steps = [row for row in rows if row.kind == "step"]
-    evaluated = [row.step for row in rows if row.kind == "eval"]
-    assert evaluated[-1] == steps[-1].step == result.metrics["steps"]
-    assert 0 not in evaluated
-    assert steps[-1].values["learning_rate"] < 0.05 * config.learning_rate
-    assert max(row.values["learning_rate"] for row in steps) > 0.9 * config.learning_rate
-
-
 def test_a_stop_at_a_due_evaluation_loses_none(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
     def evaluated(folder: str) -> list[MetricsRow]:
         return [row for row in read_metrics(Path(folder) / "metrics.jsonl") if row.kind == "eval"]
