@@ -37,16 +37,11 @@ class CorpusReport:
     """What a corpus was made of; equal fingerprints mean equal pairs in equal splits."""
 
     fingerprint: str
-    found: int
-    """Pairs before duplicates were dropped and `limit` was applied."""
-    dropped: int
-    """Texts and summaries that repeated an earlier one."""
-    skipped: list[str]
-    """`module: reason` of each source file that could not be read."""
-    splits: dict[str, dict[str, int]]
-    """Number of groups, pairs, and records of each task."""
-    reused: list[str]
-    """Splits that were complete on disk and were left as they were."""
+    found: int  # pairs before duplicates were dropped and `limit` was applied
+    dropped: int  # texts and summaries that repeated an earlier one
+    skipped: list[str]  # `module: reason` of each source file that could not be read
+    splits: dict[str, dict[str, int]]  # number of groups, pairs, and records of each task
+    reused: list[str]  # splits that were complete on disk and were left as they were
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a split: its groups, pairs and records of each task."""
@@ -66,8 +61,7 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are.
 
     `embed` turns texts into float32 rows. A stopped build resumes at the first batch that was not stored.
-    Raises FileNotFoundError or ValueError for a source that is absent or malformed; ValueError for a split that would
-    be empty and for an embedding that is not finite or all zero.
+    Raises FileNotFoundError or ValueError for a bad source, an empty split and a vector that is not finite or all zero.
     """
     found, skipped = read_source(config, progress)
     pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
@@ -86,7 +80,11 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     new = {split: paths[split] for split in SPLITS if split not in reused}
     for path in (path for both in new.values() for path in both):
         path.unlink(missing_ok=True)
-    _write_description(about, config, report)
+    values = asdict(report)
+    del values["reused"]  # a corpus built in two runs is the same corpus
+    values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
+    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
+    records.write_json(about, values)
     for split, both in new.items():
         with records.atomic_path(both.records) as temporary, open(temporary, "wb") as file:
             for row, pair in enumerate(splits[split]):
@@ -100,8 +98,7 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
 def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[list[Pair], int]:
     """Pairs sorted by source_id, without repeated texts and summaries, and the number of what was dropped.
 
-    Case and white space are ignored. `opening`: compare only so many characters of the texts, None for all. A pair is
-    dropped with its text or with its last summary.
+    Case and white space are ignored. `opening`: compare only so many characters of the texts, None for all.
     """
     texts: set[str] = set()
     summaries: set[str] = set()
@@ -129,10 +126,7 @@ def _plain(text: str) -> str:
 
 
 def split_pairs(pairs: list[Pair], config: CorpusConfig) -> dict[str, list[Pair]]:
-    """Split by whole groups in seeded order: into val or test while a group fits into its share, else into train.
-
-    Raises ValueError where a split would be empty.
-    """
+    """Split by whole groups in seeded order: into val or test while a group fits into its share, else into train."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.group, []).append(pair)
@@ -180,14 +174,6 @@ def _counts(pairs: list[Pair]) -> dict[str, int]:
     tasks = Counter(record.task_type for pair in pairs for record in pair_records(pair, 0))
     sizes = {"groups": len({pair.group for pair in pairs}), "pairs": len(pairs)}
     return sizes | {task: tasks[task] for task in TASK_TEMPLATES}
-
-
-def _write_description(about: Path, config: CorpusConfig, report: CorpusReport) -> None:
-    values = asdict(report)
-    del values["reused"]  # a corpus built in two runs is the same corpus
-    values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
-    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
-    records.write_json(about, values)
 
 
 def _write_embeddings(

@@ -6,7 +6,6 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +25,11 @@ _BLOCK_ROWS = 4096  # read at a time
 class Batch(NamedTuple):
     """Rows to learn from, all of one prompt."""
 
-    embeddings: Tensor
-    """(batch, embedding_dim) float32."""
-    labels: Tensor
-    """(batch, longest answer) token ids of target and end of turn, right-padded with IGNORE_INDEX."""
-    sources: Tensor
-    """(batch,) number of each row's source; equal numbers are the same text."""
+    embeddings: Tensor  # (batch, embedding_dim) float32
+    labels: Tensor  # (batch, longest answer) token ids of target and end of turn, right-padded with IGNORE_INDEX
+    sources: Tensor  # (batch,) number of each row's source; equal numbers are the same text
     prompt: PromptIds
-    rows: list[int]
-    """(batch,) row numbers of the dataset."""
+    rows: list[int]  # (batch,) row numbers of the dataset
 
     @property
     def num_tokens(self) -> int:
@@ -50,8 +45,7 @@ class Batch(NamedTuple):
 class PromptBatch(NamedTuple):
     """Rows to generate for, all of one prompt. It holds no targets, so none can reach the generation."""
 
-    embeddings: Tensor
-    """(batch, embedding_dim) float32."""
+    embeddings: Tensor  # (batch, embedding_dim) float32
     prompt: PromptIds
 
     def to(self, device: torch.device) -> "PromptBatch":
@@ -64,17 +58,12 @@ class SummaryDataset(Dataset[int]):
     """One split, tokenised. Row i is `records[i]`, `answers[i]`, `embeddings[records[i].embedding_index]`."""
 
     records: list[Record]
-    answers: list[list[int]]
-    """Target token ids with the end of turn."""
+    answers: list[list[int]]  # target token ids with the end of turn
     sources: list[int]
-    prompts: list[PromptIds]
-    """The prompt of each row; rows of one template share one object."""
-    embeddings: Tensor
-    """(embedding rows, embedding_dim), as on disk; the file is mapped, not read."""
-    too_long: int
-    """Rows left out because they exceed max_seq_length."""
-    fingerprint: str
-    """Hash of the records file and of all embeddings; equal for equal data."""
+    prompts: list[PromptIds]  # rows of one template share one object
+    embeddings: Tensor  # (embedding rows, embedding_dim), as on disk; the file is mapped, not read
+    too_long: int  # rows left out because they exceed max_seq_length
+    fingerprint: str  # hash of the records file and of all embeddings; equal for equal data
 
     def __len__(self) -> int:
         return len(self.records)
@@ -128,27 +117,17 @@ class SummaryDataset(Dataset[int]):
 
     def bucket(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
         """Cut rows into batches of one prompt and of similar answer length, shortest first."""
-        group = self._prompt_groups
         batches: list[list[int]] = []
-        for row in sorted(rows, key=lambda row: (group[row], len(self.answers[row]))):
-            if batches and len(batches[-1]) < batch_size and group[batches[-1][0]] == group[row]:
+        for row in sorted(rows, key=lambda row: (self.records[row].input_prompt_template, len(self.answers[row]))):
+            if batches and len(batches[-1]) < batch_size and self.prompts[batches[-1][0]] is self.prompts[row]:
                 batches[-1].append(row)
             else:
                 batches.append([row])
         return batches
 
-    @cached_property
-    def _prompt_groups(self) -> list[int]:
-        """For each row the last row that has its prompt."""
-        last = {id(prompt): row for row, prompt in enumerate(self.prompts)}
-        return [last[id(prompt)] for prompt in self.prompts]
-
 
 def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
-    """The files of a split of `config.summary_data_path`; only the header of the embeddings is read.
-
-    Raises FileNotFoundError for missing files and ValueError for another embedding size than `embedding_dim`.
-    """
+    """The files of a split of `config.summary_data_path`; ValueError where the vectors are not of `embedding_dim`."""
     paths = find_split(Path(config.summary_data_path), split)
     with EmbeddingFile(paths.embeddings) as file:
         if file.dim != config.embedding_dim:
@@ -160,18 +139,17 @@ def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
 
 
 def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> SummaryDataset:
-    """Read, check and tokenise one split of `config.summary_data_path`.
+    """Read, check and tokenise one split of `config.summary_data_path`; `train_rows` takes a sample of the train split.
 
-    `config.train_rows` takes a sample of the train split. Raises as `locate_split` does, and ValueError, naming file
-    and line, for bad records, another task than the summary (with `summary_only`), or no row short enough.
+    Raises FileNotFoundError and ValueError that name the file, and the line of a bad record.
     """
     paths = locate_split(config, split)
     with EmbeddingFile(paths.embeddings) as file:
         records = list(read_records(paths.records, file.num_rows))
-    other = next((record.task_type for record in records if record.task_type != "summary"), None)
-    if other and config.summary_only:
+    others = {record.task_type for record in records} - {"summary"}
+    if others and config.summary_only:
         raise ValueError(
-            f"{paths.records} holds a record of task {other!r}; run `elm filter`, "
+            f"{paths.records} holds a record of task {min(others)!r}; run `elm filter`, "
             "or pass --no-summary-only to train on all tasks"
         )
     prompts = {template: prompt_ids(tokenizer, template) for template in {r.input_prompt_template for r in records}}

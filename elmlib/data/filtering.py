@@ -1,7 +1,7 @@
 """A multi-task corpus -> one task: its records, each embedding row they use once, and no source in two splits.
 
-The JSONL is read once, in a stream. In memory are 8 bytes for each embedding row, twice (new row, hash of the vector),
-and 12 for each kept vector and source (hash and line number).
+The JSONL is read once, in a stream. In memory are 16 bytes for each embedding row (new row, hash of the vector) and 12
+for each kept vector and source (hash, line number). Python's hashes are 64 bits with a random key of this process.
 """
 
 import json
@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import orjson
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 1 << 20  # of vectors read at a time
 _MAX_VALUES = 32  # different values in one count; all further ones are counted as "others"
 _KEY = b'"embedding_index"'
-_INDEX = re.compile(rb"(%b\s*:\s*)-?\d+" % _KEY)
+_INTEGER = re.compile(rb"-?\d+")
 _ESCAPE = re.compile(rb"\\u00[567]")  # with which the key could be spelled too
 
 
@@ -91,12 +91,10 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
 
     Writes each split's JSONL (unknown fields and the order of fields stay), safetensors (rows in the order of their
     first use) and `{split}_index_map.npy` (int64, old row -> new row, -1 for dropped), `filter_report.json` and, with
-    `skip_bad`, `rejected.jsonl`. Records of all tasks are checked, with the vectors that they point to; a vector that
-    no record points to is not.
+    `skip_bad`, `rejected.jsonl`. Records of all tasks are checked, with the vectors that they point to.
 
-    Raises FileNotFoundError for a missing file and ValueError for a bad one, a bad record (without `skip_bad`), a
-    split without the task, an output folder that is an input folder, and a source_id or a vector in two splits
-    (with `allow_leaks` a UserWarning).
+    Raises FileNotFoundError for a missing file and ValueError for a bad file or record, a split without the task and a
+    source_id or a vector in two splits; `skip_bad` and `allow_leaks` go on instead.
     """
     rejected_path = config.output_dir / "rejected.jsonl"
     with ExitStack() as stack:
@@ -145,8 +143,9 @@ class _Split:
         self.hashes[kind].append(value)
         self.numbers[kind].append(number)
 
-    def place(self, number: int, field: str) -> str:
-        """What line `number` holds in `field`, with the file's name."""
+    def place(self, kind: str, at: int, field: str) -> str:
+        """What the line of hash `at` holds in `field`, with the file's name."""
+        number = self.numbers[kind][at]
         line = next(line for found, line in records.read_lines(self.records) if found == number)
         return f"{field} {orjson.loads(line)[field]!r} ({self.records}, line {number})"
 
@@ -159,9 +158,7 @@ def _filter_split(
     hashes, usable = _hash_rows(vectors, progress)
     index_map = array("q", [-1]) * vectors.num_rows
     kept_rows = array("q")  # old rows in the order of the new ones
-    tasks: Counter[str] = Counter({task: 0})
-    variations: Counter[int] = Counter()
-    temperatures: Counter[float] = Counter()
+    tasks, variations, temperatures = Counter({task: 0}), Counter[str](), Counter[str]()
     fewest, most, tokens, last_source = float("inf"), 0, 0, ""
     with open(temporary(config.output_dir / path.name), "wb") as out:
         for number, line, record in _good_records(split, usable, rejected, progress):
@@ -176,8 +173,8 @@ def _filter_split(
             if source not in ("", last_source):
                 last_source = source
                 split.remember("source_id", hash(source), number)
-            _count(variations, record.variation)
-            _count(temperatures, float(record.temperature))  # 1 and 1.0 are one label
+            _count(variations, str(record.variation))
+            _count(temperatures, str(float(record.temperature)))  # 1 and 1.0 are one label
             fewest, most, tokens = min(fewest, count), max(most, count), tokens + count
             out.write(_with_index(line, index_map[row]) + b"\n")
     kept, good = tasks[task], tasks.total()
@@ -197,8 +194,8 @@ def _filter_split(
         embedding_rows_read=vectors.num_rows,
         embedding_rows_kept=len(kept_rows),
         token_counts={"minimum": int(fewest), "mean": tokens / kept, "maximum": most, "total": tokens},
-        variations={str(value): n for value, n in variations.most_common()},
-        temperatures={str(value): n for value, n in temperatures.most_common()},
+        variations=dict(variations.most_common()),
+        temperatures=dict(temperatures.most_common()),
     )
 
 
@@ -226,7 +223,7 @@ def _good_records(
                 yield number, line, record
 
 
-def _count(counter: Counter[Any], value: Any) -> None:
+def _count(counter: Counter[str], value: str) -> None:
     counter[value if value in counter or len(counter) < _MAX_VALUES else "others"] += 1
 
 
@@ -243,24 +240,21 @@ def _hash_rows(vectors: EmbeddingFile, progress: bool) -> tuple[array, np.ndarra
 
 def _with_index(line: bytes, index: int) -> bytes:
     """The line with another embedding_index; all else stays to the byte, unless the key is hard to find."""
-    if line.count(_KEY) == 1 and not _ESCAPE.search(line):
-        return _INDEX.sub(rb"\g<1>%d" % index, line)
+    head, key, tail = line.partition(_KEY)
+    if _KEY not in tail and not _ESCAPE.search(line):
+        return head + key + _INTEGER.sub(b"%d" % index, tail, count=1)
     return json.dumps(json.loads(line) | {"embedding_index": index}, ensure_ascii=False).encode()
 
 
 def _find_leaks(splits: list[_Split]) -> Iterator[Leak]:
-    """What each two splits share of sources and of vectors; the example is the first one of the first split.
-
-    The hashes are 64-bit SipHash with a random key of this process, so nothing outside this process uses them.
-    """
+    """What each two splits share of sources and of vectors; the example is the first one of the first split."""
     for kind, field in (("source_id", "source_id"), ("vector", "embedding_index")):
         for first, second in combinations(splits, 2):
             hashes = np.array(first.hashes[kind]), np.array(second.hashes[kind])
             shared, *places = np.intersect1d(*hashes, return_indices=True)
             if len(shared):
                 at = places[0].argmin()
-                left, right = first.numbers[kind][places[0][at]], second.numbers[kind][places[1][at]]
-                example = f"{first.place(left, field)} and {second.place(right, field)}"
+                example = f"{first.place(kind, places[0][at], field)} and {second.place(kind, places[1][at], field)}"
                 yield Leak(kind, first.name, second.name, len(shared), example)
 
 

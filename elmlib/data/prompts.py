@@ -4,12 +4,8 @@ from typing import Any, NamedTuple
 
 from elmlib.config import SoftTokenPosition
 
-IGNORE_INDEX = -100
-"""Label of a position that no loss looks at (PyTorch's own default in cross-entropy)."""
-
-SLOT = "{text}"
-"""Where a record's `input_prompt_template` takes the text."""
-
+IGNORE_INDEX = -100  # label of a position that no loss looks at: PyTorch's own default in cross-entropy
+SLOT = "{text}"  # where a record's `input_prompt_template` takes the text
 TASK_TEMPLATES = {
     "summary": "Summarize the following text:\n\n{text}\n\nSummary:",
     "keywords": "List the keywords of the following text:\n\n{text}\n\nKeywords:",
@@ -21,14 +17,11 @@ _MARK = "\u241eslot\u241e"
 
 
 class PromptIds(NamedTuple):
-    """A chat prompt as token ids, cut at the slot."""
+    """A chat prompt as token ids: before the text, from the text to the answer, and the token that ends the answer."""
 
     before: list[int]
-    """Tokens before the text."""
     behind: list[int]
-    """Tokens from the text to the beginning of the answer."""
     end_of_turn: int
-    """The token that ends the answer."""
 
     def around(self, position: SoftTokenPosition) -> tuple[list[int], list[int]]:
         """The tokens before the soft tokens, equal for all rows and so computed once, and those up to the answer.

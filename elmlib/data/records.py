@@ -49,10 +49,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 
 def parse_record(line: bytes, num_rows: int) -> Record:
-    """A JSONL line as a record that points into `num_rows` embeddings.
-
-    Unknown fields are ignored; null counts as absent. Raises ValueError with the reason.
-    """
+    """A JSONL line as a checked record; unknown fields are ignored, null counts as absent. Raises ValueError."""
     values = parse_line(line)
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if value is not None}
@@ -66,7 +63,7 @@ def parse_record(line: bytes, num_rows: int) -> Record:
 
 
 def read_records(path: Path, num_rows: int) -> Iterator[Record]:
-    """Yield the records of a split file, each checked against `num_rows` embeddings; errors name file and line."""
+    """Yield the records of a split file of `num_rows` embeddings; errors name file and line."""
     for number, line in read_lines(path):
         try:
             yield parse_record(line, num_rows)
@@ -75,10 +72,7 @@ def read_records(path: Path, num_rows: int) -> Iterator[Record]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines.
-
-    Raises FileNotFoundError for no such file and ValueError for an empty one.
-    """
+    """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     empty = True
@@ -106,8 +100,8 @@ def parse_line(line: bytes, where: str = "") -> Any:
 class EmbeddingFile:
     """One safetensors file that holds the single 2-D tensor `embeddings`, float32 or bfloat16, read row by row.
 
-    Plain reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back.
-    Raises FileNotFoundError or ValueError, naming the file and what was expected, before any row is read.
+    Plain reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back. The file is
+    checked before any row is read; FileNotFoundError and ValueError name it.
     """
 
     def __init__(self, path: Path):
@@ -199,10 +193,7 @@ def file_digest(path: Path) -> str:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Make the folder `target` by `build(temporary folder)`, unless it exists; it appears whole or not at all.
-
-    Processes that call this at the same time wait for the first.
-    """
+    """Make the folder `target`, whole or not at all, by `build(temporary folder)`, in one process at a time."""
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,10 +228,7 @@ def split_paths(records: Path, embeddings: Path, split: str) -> SplitPaths:
 
 
 def find_split(data_dir: Path, split: str) -> SplitPaths:
-    """The files of `split` under `synthesis/` and `embeddings/` of `data_dir`, or directly in it.
-
-    Raises FileNotFoundError that names all paths that were tried; so do the next two functions.
-    """
+    """The files of `split` under `synthesis/` and `embeddings/` of `data_dir`, or directly in it."""
     records = find_records(Path(data_dir) / f"{split}_synthesis.jsonl")
     return SplitPaths(records, find_embeddings(records))
 

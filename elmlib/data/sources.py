@@ -1,7 +1,4 @@
-"""Sources of pairs of text and summary: docstrings, a JSONL file or a Hugging Face dataset.
-
-The first paragraph of a docstring is the summary of the rest. Files are parsed; nothing is imported.
-"""
+"""Sources of pairs of text and summary: docstrings (their first paragraph), a JSONL file, a Hugging Face dataset."""
 
 import ast
 import os
@@ -29,7 +26,6 @@ from elmlib.data.records import parse_line, read_lines
 SUMMARY_WORDS = range(4, 31)
 MIN_TEXT_WORDS = 25
 _NO_MODULES = {"..", "test", "tests", "idle_test"}
-_CHUNK = 32
 _FILES_A_PROCESS = 128  # starting a process takes longer than parsing fewer
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # from an escape in a string literal; UTF-8 cannot hold it
@@ -50,10 +46,7 @@ class Pair(NamedTuple):
 
 
 def read_source(config: CorpusConfig, progress: bool) -> tuple[list[Pair], list[str]]:
-    """The pairs that `config.source` names, and `module: reason` of each Python file that could not be read.
-
-    Raises FileNotFoundError or ValueError, saying what is wrong where.
-    """
+    """The pairs that `config.source` names, and `module: reason` of each Python file that could not be read."""
     if config.source == "docstrings":
         return read_docstrings(source_files(), progress)
     is_jsonl = config.source.endswith(".jsonl") or Path(config.source).is_file()
@@ -61,17 +54,14 @@ def read_source(config: CorpusConfig, progress: bool) -> tuple[list[Pair], list[
 
 
 def jsonl_pairs(config: CorpusConfig) -> list[Pair]:
-    """One pair a line. Raises FileNotFoundError for no such file; ValueError naming the line that is malformed."""
+    """One pair a line; errors name the file and the line."""
     path = Path(config.source)
     lines = ((number, f"{path}, line {number}", line) for number, line in read_lines(path))
     return [_row_pair(parse_line(line, at), f"{path.name}:{number:08d}", at, config) for number, at, line in lines]
 
 
 def dataset_pairs(config: CorpusConfig) -> list[Pair]:
-    """One pair a row of a dataset: a folder that `save_to_disk` wrote, a folder of data files or a name on the hub.
-
-    Raises FileNotFoundError where it cannot be read; ValueError for an unknown split or a malformed row.
-    """
+    """One pair a row of a dataset: a folder that `save_to_disk` wrote, a folder of data files or a name on the hub."""
     import datasets  # a second to import, and only this function needs it
 
     source, split = config.source, config.dataset_split
@@ -128,10 +118,7 @@ def _is_text(value: Any) -> bool:
 
 @cache
 def dependencies() -> list[Distribution]:
-    """The installed distributions that elmlib requires, directly or not, all its extras included, ordered by name.
-
-    Raises PackageNotFoundError where elmlib is not installed, since its metadata lists the dependencies.
-    """
+    """The installed distributions that elmlib requires, directly or not, all its extras included, ordered by name."""
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, str]] = set()
 
@@ -175,7 +162,7 @@ def read_docstrings(files: list[tuple[str, Path]], progress: bool) -> tuple[list
     workers = min(os.cpu_count() or 1, 1 + len(files) // _FILES_A_PROCESS)
     # spawn: torch has threads by the time this is called, and a forked copy of them may hang
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        results = pool.map(file_pairs, files, chunksize=_CHUNK)
+        results = pool.map(file_pairs, files, chunksize=32)
         bar = tqdm(results, total=len(files), desc="docstrings", unit="file", disable=not progress)
         for (module, _), (found, error) in zip(files, bar, strict=True):
             for pair in found:
@@ -212,11 +199,10 @@ def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, _Documented]]:
 
 
 def _pair(node: _Documented, name: str, module: str) -> Pair | None:
-    first, *rest = _BLANK_LINES.split(ast.get_docstring(node) or "", maxsplit=1)
+    doc = ast.get_docstring(node) or ""
+    first, *rest = _BLANK_LINES.split(doc, maxsplit=1)
     words = first.split()
-    if not rest or len(words) not in SUMMARY_WORDS or len(rest[0].split()) < MIN_TEXT_WORDS:
-        return None
-    if _SURROGATE.search(first + rest[0]):
+    if not rest or len(words) not in SUMMARY_WORDS or len(rest[0].split()) < MIN_TEXT_WORDS or _SURROGATE.search(doc):
         return None
     return Pair(name, module, rest[0], (" ".join(words),), _parameters(node), module.partition(".")[0])
 

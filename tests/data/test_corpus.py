@@ -204,7 +204,6 @@ def test_unreadable_files_are_counted(tmp_path: Path):
 def test_processes_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = write_package(tmp_path)
     one_process = read_docstrings(files, progress=False)
-    monkeypatch.setattr(sources, "_CHUNK", 1)  # so that a few files are enough for two processes
     monkeypatch.setattr(sources, "_FILES_A_PROCESS", 3)
     assert read_docstrings(files, progress=False) == one_process
 

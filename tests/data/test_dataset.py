@@ -39,12 +39,15 @@ def write(folder, records, vectors=VECTORS):
 
 def make_split(lengths, sources=None, prompts=None):
     """A split in memory; row i's answer is i + 1, `lengths[i]` times, and its vector is i."""
-    rows = range(len(lengths))
+    rows, prompts = range(len(lengths)), prompts or [PROMPTS[0]] * len(lengths)
     return SummaryDataset(
-        records=[record(row, f"target {row}") for row in rows],
+        records=[
+            record(row, f"target {row}", input_prompt_template=f"{prompt.before} {{text}}")
+            for row, prompt in enumerate(prompts)
+        ],
         answers=[[row + 1] * length for row, length in enumerate(lengths)],
         sources=list(sources or rows),
-        prompts=prompts or [PROMPTS[0]] * len(lengths),
+        prompts=prompts,
         embeddings=torch.arange(float(len(lengths)))[:, None].expand(-1, 3),
         too_long=0,
         fingerprint="",
@@ -256,35 +259,14 @@ def test_a_bucket_sorts_by_length_and_cuts_at_the_batch_size():
     assert split.bucket([], 3) == []
 
 
-class CountedPrompts(list):
-    """A list that counts how often it is walked through."""
-
-    walks = 0
-
-    def __iter__(self):
-        self.walks += 1
-        return super().__iter__()
-
-
-def test_epoch_batches_walks_the_prompts_a_fixed_number_of_times():
-    split = mixed_split(2000)
-    prompts = CountedPrompts(split.prompts)
-    counted = dataclasses.replace(split, prompts=prompts)
-    assert epoch_batches(counted, 2, seed=0, epoch=0) == epoch_batches(split, 2, seed=0, epoch=0)  # 16 chunks
-    assert prompts.walks <= 2
-    epoch_batches(counted, 2, seed=0, epoch=1)
-    assert prompts.walks <= 2
-
-
 def naive_epoch_batches(split, batch_size, seed, epoch):
-    """The twin: batches of one prompt at a time, in the order of each prompt's last row."""
+    """The twin: batches of one prompt at a time, in the order of the templates."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator).tolist()
-    last = sorted(PROMPTS, key=lambda prompt: max(i for i, other in enumerate(split.prompts) if other is prompt))
     batches = []
     for start in range(0, len(order), 64 * batch_size):
         chunk = order[start : start + 64 * batch_size]
-        for prompt in last:
+        for prompt in PROMPTS:
             rows = [row for row in chunk if split.prompts[row] is prompt]
             rows.sort(key=lambda row: len(split.answers[row]))
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
