@@ -180,7 +180,7 @@ def test_a_slider_changes_the_summary_and_a_typed_text_gets_one(page: Page, lab:
     open_notebook(page, lab, "05_ask")
     start_all(page)
     wait_for_all(page, "05_ask")
-    cell = page.locator(".jp-CodeCell", has_text="cards.card(between")
+    cell = page.locator(".jp-CodeCell", has_text="explorer.card(between")
     card, handle = cell.locator(".elm-card"), cell.locator(".noUi-handle")
     before = card.inner_text()
     handle.press("End")  # all of text B

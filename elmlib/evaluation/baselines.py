@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,12 +11,11 @@ from sentence_transformers.util import semantic_search
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import PromptBatch, SummaryDataset
-from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, swap_sources, unit_rows
+from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, Embed, swap_sources, unit_rows
 from elmlib.models.elm import Sampling, SoftTokenModel
 
 _READ_BATCH = 8  # texts that the LLM reads at once
 _DECODED = 200  # sequences decoded at once
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 Written = TypeVar("Written")
 
@@ -32,7 +31,7 @@ class Baseline(NamedTuple):
 def list_baselines(
     model: SoftTokenModel,
     untrained: SoftTokenModel,
-    embed: Callable[[list[str]], np.ndarray],
+    embed: Embed,
     train: SummaryDataset,
     dataset: SummaryDataset,
     rows: Sequence[int],
@@ -46,46 +45,60 @@ def list_baselines(
     `source_text` are left out where a record has none.
     """
     length, vectors, device = config.max_new_tokens, dataset.vectors(rows).numpy(), model.table.device
+    records = {row: dataset.records[row] for row in rows}
+
+    def in_batches(size: int, write: Callable[[list[int]], list[Written]], key: Any = None) -> list[Written]:
+        """`write` at most `size` rows of one prompt; the results in the order of `rows`."""
+        written: dict[int, Written] = {}
+        for chosen in dataset.bucket(sorted(rows, key=key), size):
+            written |= zip(chosen, write(chosen), strict=True)
+        return [written[row] for row in rows]
+
+    def prompts(chosen: list[int]) -> PromptBatch:
+        return dataset.collate_prompts(chosen).to(device)
+
+    def greedy(model: SoftTokenModel) -> list[str]:
+        return in_batches(_DECODED, lambda chosen: model.generate(prompts(chosen), length))
 
     @cache
     def true() -> list[str]:
-        return _write(dataset, rows, _DECODED, lambda batch: model.generate(batch.to(device), length))
+        return greedy(model)
 
     def shuffled() -> list[str]:
-        swap = swap_sources([str(dataset.sources[row]) for row in rows], config.eval_seed)
-        return [true()[row] for row in swap]
+        swap = swap_sources([record.source for record in records.values()], config.eval_seed)
+        return [true()[place] for place in swap]
 
-    def from_mean(batch: PromptBatch) -> list[str]:
-        mean = model.adapter.mean[None].to(device)
-        return model.generate(PromptBatch(mean, batch.prompt), length) * len(batch.embeddings)
+    def from_mean(chosen: list[int]) -> list[str]:
+        batch = prompts(chosen)._replace(embeddings=model.adapter.mean[None].to(device))
+        return model.generate(batch, length) * len(chosen)
 
-    def without_training() -> list[str]:
-        return _write(dataset, rows, _DECODED, lambda batch: untrained.generate(batch.to(device), length))
+    def read(chosen: list[int]) -> list[str]:
+        prompt, texts = dataset.prompts[chosen[0]], [records[row].source_text for row in chosen]
+        room = config.max_seq_length - len(prompt.before) - len(prompt.behind)
+        return model.read(texts, prompt, length, max(1, room))
 
     def best_of(sampling: Sampling) -> list[str]:
         size = max(1, _DECODED // sampling.count)
-        drawn = _write(dataset, rows, size, lambda batch: model.candidates(batch.to(device), length, sampling))
-        return rerank(embed, drawn, vectors)
+        return rerank(embed, in_batches(size, lambda rows: model.candidates(prompts(rows), length, sampling)), vectors)
 
-    baselines = [
-        Baseline(TRUE, true),
-        Baseline(SHUFFLED, shuffled),
-        Baseline("mean embedding", lambda: _write(dataset, rows, len(rows), from_mean)),
-        Baseline("no training", without_training),
-    ]
-    texts = [dataset.records[row].source_text for row in rows]
-    if all(texts):
-        baselines.append(Baseline("first sentence", lambda: [first_sentence(text) for text in texts]))
-        baselines.append(Baseline("LLM reads the text", lambda: _read(model, dataset, rows, texts, config)))
-    baselines.append(Baseline(COPY, lambda: nearest_summaries(train, vectors)))
+    writers: dict[str, Callable[[], list[str]]] = {
+        TRUE: true,
+        SHUFFLED: shuffled,
+        "mean embedding": lambda: in_batches(len(rows), from_mean),
+        "no training": lambda: greedy(untrained),
+    }
+    if all(record.source_text for record in records.values()):
+        writers["first sentence"] = lambda: [first_sentence(record.source_text) for record in records.values()]
+        writers["LLM reads the text"] = lambda: in_batches(_READ_BATCH, read, lambda row: len(records[row].source_text))
+    writers[COPY] = lambda: nearest_summaries(train, vectors)
     if sampling:
-        baselines.append(Baseline(f"best of {sampling.count} candidates", lambda: best_of(sampling)))
-    return baselines
+        writers[f"best of {sampling.count} candidates"] = lambda: best_of(sampling)
+    return [Baseline(name, write) for name, write in writers.items()]
 
 
 def first_sentence(text: str) -> str:
     """The text before the first full stop, question or exclamation mark that white space follows."""
-    return " ".join(_SENTENCE_END.split(text.strip(), maxsplit=1)[0].split())
+    return " ".join(re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0].split())
 
 
 def nearest_summaries(train: SummaryDataset, vectors: np.ndarray) -> list[str]:
@@ -95,45 +108,14 @@ def nearest_summaries(train: SummaryDataset, vectors: np.ndarray) -> list[str]:
     return [train.records[int(hit["corpus_id"])].target_text for (hit,) in nearest]
 
 
-def rerank(embed: Callable[[list[str]], np.ndarray], drawn: list[list[str]], vectors: np.ndarray) -> list[str]:
+def rerank(embed: Embed, drawn: list[list[str]], vectors: np.ndarray) -> list[str]:
     """Of each row's candidates, the one whose embedding is nearest to the row's vector (n, dim).
 
     The vector is the model's own input, so no other information is used. Empty candidates come last.
     """
     texts = list(dict.fromkeys(text for candidates in drawn for text in candidates if text))
     embedded = dict(zip(texts, unit_rows(embed(texts)), strict=True)) if texts else {}
-
-    def nearness(text: str, vector: np.ndarray) -> float:
-        return embedded[text] @ vector if text else -np.inf
-
     return [
-        max(candidates, key=partial(nearness, vector=vector))
+        max(candidates, key=lambda text: embedded[text] @ vector if text else -np.inf)
         for candidates, vector in zip(drawn, unit_rows(vectors), strict=True)
     ]
-
-
-def _write(
-    dataset: SummaryDataset, rows: Sequence[int], size: int, write: Callable[[PromptBatch], list[Written]]
-) -> list[Written]:
-    """`write` batches of one prompt and at most `size` rows; the results in the order of `rows`."""
-    written: dict[int, Written] = {}
-    for chosen in dataset.bucket(rows, size):
-        written |= zip(chosen, write(dataset.collate_prompts(chosen)), strict=True)
-    return [written[row] for row in rows]
-
-
-def _read(
-    model: SoftTokenModel,
-    dataset: SummaryDataset,
-    rows: Sequence[int],
-    texts: Sequence[str],
-    config: SummaryTrainingConfig,
-) -> list[str]:
-    written: dict[int, str] = {}
-    text_of = dict(zip(rows, texts, strict=True))
-    for chosen in dataset.bucket(sorted(rows, key=lambda row: len(text_of[row])), _READ_BATCH):
-        prompt = dataset.prompts[chosen[0]]
-        room = config.max_seq_length - len(prompt.before) - len(prompt.behind)
-        batch = [text_of[row] for row in chosen]
-        written |= zip(chosen, model.read(batch, prompt, config.max_new_tokens, max(1, room)), strict=True)
-    return [written[row] for row in rows]

@@ -4,7 +4,6 @@ Semantic consistency, here the drift similarity: Tennenholtz et al., ICLR 2024, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,18 +13,20 @@ from scipy import stats
 if TYPE_CHECKING:
     from elmlib.evaluation.bertscore import BERTScoreEvaluator
 
+Texts = Sequence[str]
+Embed = Callable[[list[str]], np.ndarray]
+"""Texts to vectors: (n,) -> (n, dim)."""
+
 SHORT_WORDS = 5
 """A prediction of fewer words counts as short."""
-
 POOL = 100
 """Sources in one identification task, so that figures of splits of any size can be compared."""
-
 RESAMPLES = 10_000
 """Of every bootstrap and permutation test."""
 TRUE, SHUFFLED, COPY = "true embeddings", "shuffled embeddings", "nearest training neighbour"
 """Names of rows in every report."""
 
-_COMPARED, _RESAMPLED = 512, 500  # summaries compared with the pool, and resamples in memory, at once
+_COMPARED, _RESAMPLED = 512, 500  # summaries compared with the targets, and resamples in memory, at once
 
 
 class BERTScores(NamedTuple):
@@ -36,7 +37,7 @@ class BERTScores(NamedTuple):
     f1: np.ndarray
 
 
-def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
+def check_pairs(predictions: Texts, references: Texts) -> None:
     """Raise ValueError for unequal lengths, for no pairs, and for an empty reference (naming its index)."""
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions, {len(references)} references; expected as many of each")
@@ -54,7 +55,7 @@ def bertscore_means(scores: BERTScores) -> dict[str, float]:
     return means | {"bertscore_composite": 0.3 * precision + 0.3 * recall + 0.4 * f1}
 
 
-def quality_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def quality_metrics(predictions: Texts, references: Texts) -> dict[str, float]:
     """Figures of the predictions' form; words are separated by white space. Raises as `check_pairs` does.
 
     length_ratio: mean of words in the prediction / words in its reference. empty_prediction_rate and
@@ -68,14 +69,13 @@ def quality_metrics(predictions: Sequence[str], references: Sequence[str]) -> di
     lengths = np.array([len(text) for text in words])
     reference_lengths = np.array([len(text.split()) for text in references])
     unique = [len(set(text)) / len(text) for text in words if text]
-    bigrams = [list(pairwise(text)) for text in words if len(text) > 1]
-    repeated = [1 - len(set(pairs)) / len(pairs) for pairs in bigrams]
+    repeated = [1 - len(set(pairwise(text))) / (len(text) - 1) for text in words if len(text) > 1]
     return {
         "length_ratio": float((lengths / reference_lengths).mean()),
         "empty_prediction_rate": float((lengths == 0).mean()),
         "short_prediction_rate": float((lengths < SHORT_WORDS).mean()),
-        "avg_unique_token_ratio": float(np.mean(unique)) if unique else 0.0,
-        "repeated_bigram_rate": float(np.mean(repeated)) if repeated else 0.0,
+        "avg_unique_token_ratio": float(np.mean(unique or 0)),
+        "repeated_bigram_rate": float(np.mean(repeated or 0)),
         "distinct_prediction_rate": len(set(predictions)) / len(predictions),
         "avg_prediction_length": float(lengths.mean()),
         "avg_reference_length": float(reference_lengths.mean()),
@@ -85,12 +85,11 @@ def quality_metrics(predictions: Sequence[str], references: Sequence[str]) -> di
 
 def objective(metrics: dict[str, float]) -> float:
     """What a study maximises: composite - 0.5 x empty rate - 0.1 x short rate, -0.6 to 1."""
-    return (
-        metrics["bertscore_composite"] - 0.5 * metrics["empty_prediction_rate"] - 0.1 * metrics["short_prediction_rate"]
-    )
+    empty, short = metrics["empty_prediction_rate"], metrics["short_prediction_rate"]
+    return metrics["bertscore_composite"] - 0.5 * empty - 0.1 * short
 
 
-def swap_sources(sources: Sequence[str], seed: int) -> np.ndarray:
+def swap_sources(sources: Texts, seed: int) -> np.ndarray:
     """For each of n rows, a row of ANOTHER source: the permutation of the shuffled control, (n,).
 
     Sources are paired at random and swapped; with an odd number of sources the last three rotate. Row j of a source
@@ -104,93 +103,68 @@ def swap_sources(sources: Sequence[str], seed: int) -> np.ndarray:
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} source; shuffled embeddings need at least 2")
     groups = list(rows.values())
-    groups = [groups[place] for place in np.random.default_rng(seed).permutation(len(groups))]
-    cycles = [groups[start : start + 2] for start in range(0, len(groups) - 1, 2)]
-    if len(groups) % 2:
-        cycles[-1].append(groups[-1])
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    cycles = [order[start : start + 2] for start in range(0, len(order) - 1, 2)]
+    if len(order) % 2:
+        cycles[-1].append(order[-1])
     swap = np.full(len(sources), -1)
     for cycle in cycles:
         for mine, theirs in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-            swap[mine] = [theirs[place % len(theirs)] for place in range(len(mine))]
-    assert (swap >= 0).all(), swap
+            swap[groups[mine]] = np.resize(groups[theirs], len(groups[mine]))  # repeats theirs where they are fewer
     return swap
 
 
 def score_texts(
-    evaluator: "BERTScoreEvaluator",
-    predictions: Sequence[str],
-    references: Sequence[str],
-    sources: Sequence[str],
-    seed: int,
+    evaluator: "BERTScoreEvaluator", predictions: Texts, references: Texts, sources: Texts, seed: int
 ) -> dict[str, float]:
     """`evaluate_batch` with all details, and `..._shuffled`: the BERTScores of the predictions of other sources.
 
     Raises ValueError as `check_pairs` and `swap_sources` do.
     """
-    metrics = evaluator.evaluate_batch(predictions, references, return_detailed=True)
+    check_pairs(predictions, references)
     swapped = [predictions[row] for row in swap_sources(sources, seed)]
-    return metrics | _shuffled(evaluator.evaluate_batch(swapped, references, return_detailed=True))
+    metrics, shuffled = (evaluator.evaluate_batch(texts, references, True) for texts in (predictions, swapped))
+    return metrics | {f"{key}_shuffled": value for key, value in shuffled.items() if key.startswith("bertscore")}
 
 
-def _shuffled(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"{key}_shuffled": value for key, value in metrics.items() if key.startswith("bertscore")}
-
-
-@dataclass(frozen=True)
-class SummaryScores:
-    """One evaluation of n summaries, beside its shuffled control: the same summaries assigned to other sources."""
+class SummaryScores(NamedTuple):
+    """One evaluation of n summaries."""
 
     metrics: dict[str, float]
-    """What `evaluate_batch(..., return_detailed=True)` gives."""
-    shuffled_metrics: dict[str, float]
-    scores: BERTScores
-    shuffled_scores: BERTScores
+    """What `score_texts` gives, drift_similarity and drift_similarity_shuffled."""
+    pairs: BERTScores
     drift: np.ndarray
     """(n,): cosine of the re-embedded summary and its source embedding, -1 to 1; 0 for an empty summary."""
-    shuffled_drift: np.ndarray
     vectors: np.ndarray
     """(n, dim) the re-embedded summaries; all zero for an empty one."""
-
-    def to_dict(self) -> dict[str, float]:
-        """All means, flat: the metrics, their BERTScores `..._shuffled`, drift_similarity and its control."""
-        drift = {"drift_similarity": self.drift, "drift_similarity_shuffled": self.shuffled_drift}
-        means = {name: float(values.mean()) for name, values in drift.items()}
-        return self.metrics | _shuffled(self.shuffled_metrics) | means
 
 
 def score_summaries(
     evaluator: "BERTScoreEvaluator",
-    embed: Callable[[list[str]], np.ndarray],
-    predictions: Sequence[str],
-    references: Sequence[str],
+    embed: Embed,
+    predictions: Texts,
+    references: Texts,
     embeddings: np.ndarray,
-    sources: Sequence[str],
+    sources: Texts,
     seed: int,
 ) -> SummaryScores:
     """Score n summaries and their shuffled control; `embed` maps texts into the space of `embeddings` (n, dim).
 
-    Each different summary is encoded and embedded once. Raises ValueError as `check_pairs` and `swap_sources` do, and
-    where embeddings or sources are not n, or `embed` gives another dimension.
+    Each different summary is encoded and embedded once. Raises ValueError as `score_texts` and `embed_texts` do, and
+    where embeddings or sources are not n.
     """
-    check_pairs(predictions, references)
     if not len(predictions) == len(embeddings) == len(sources):
         raise ValueError(f"{len(predictions)} predictions, {len(embeddings)} embeddings, {len(sources)} sources")
-    swap = swap_sources(sources, seed)
-    swapped = [predictions[row] for row in swap]
-    scores, shuffled_scores = (evaluator.score_pairs(texts, references) for texts in (predictions, swapped))
+    metrics = score_texts(evaluator, predictions, references, sources, seed)
+    pairs = evaluator.score_pairs(predictions, references)  # encoded already
     vectors = embed_texts(embed, predictions, embeddings.shape[1])
-    return SummaryScores(
-        metrics=evaluator.detailed_metrics(scores, predictions, references),
-        shuffled_metrics=evaluator.detailed_metrics(shuffled_scores, swapped, references),
-        scores=scores,
-        shuffled_scores=shuffled_scores,
-        drift=cosine_rows(vectors, embeddings),
-        shuffled_drift=cosine_rows(vectors[swap], embeddings),
-        vectors=vectors,
-    )
+    drift = cosine_rows(vectors, embeddings)
+    shuffled = cosine_rows(vectors[swap_sources(sources, seed)], embeddings)
+    means = {"drift_similarity": float(drift.mean()), "drift_similarity_shuffled": float(shuffled.mean())}
+    return SummaryScores(metrics | means, pairs, drift, vectors)
 
 
-def embed_texts(embed: Callable[[list[str]], np.ndarray], texts: Sequence[str], dim: int) -> np.ndarray:
+def embed_texts(embed: Embed, texts: Texts, dim: int) -> np.ndarray:
     """Each different text embedded once: float64 (n, dim), all zero for an empty one, whose cosines then count 0.
 
     Raises ValueError where `embed` gives another size than `dim`.
@@ -207,7 +181,6 @@ def embed_texts(embed: Callable[[list[str]], np.ndarray], texts: Sequence[str], 
 
 def cosine_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine of each row of `a` (n, dim) with the same row of `b`: float64 (n,), 0 where either row is all zero."""
-    assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
     return np.einsum("nd,nd->n", unit_rows(a), unit_rows(b))
 
 
@@ -215,112 +188,73 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, float64; all-zero rows stay zero."""
     rows = np.asarray(rows, np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    return rows / np.where(norms, norms, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Identification:
-    """How n summaries rank their own source among `num_sources`, or in pools of `pool` sources drawn from them.
-
-    A pool holds the own source and pool - 1 others. How many of those others rank better is hypergeometric; the
-    figures are expectations over all such pools, so that no draw of one pool makes them noisy.
-    """
+class Identification(NamedTuple):
+    """How n summaries rank their own source."""
 
     ranks: np.ndarray
     """(n,) int among all `num_sources`, 1 is best; a tie counts as lost."""
     num_sources: int
-    pool: int
-    """Sources in one pool, the own one among them: 2 to `num_sources`."""
 
-    def among(self, pool: int) -> "Identification":
-        """The same ranks in pools of `pool` sources, or of all where there are fewer."""
-        return replace(self, pool=min(pool, self.num_sources))
+    def figures(self, pool: int = 0) -> dict[str, float]:
+        """top_1, top_5, mrr, chance and chance_mrr in pools of `pool` sources; 0 or too many: among all sources.
 
-    @property
-    def top_1(self) -> float:
-        """Share of summaries nearest to their own source, 0 to 1."""
-        return self.top(1)
-
-    @property
-    def top_5(self) -> float:
-        """Share of summaries whose own source is among the nearest five, 0 to 1."""
-        return self.top(5)
-
-    def top(self, count: int) -> float:
-        """Share of summaries whose own source is among the nearest `count`, 0 to 1."""
-        if self.pool == self.num_sources:  # one pool only: an exact share, without the distribution's rounding
-            return float((self.ranks <= count).mean())
-        return float(stats.hypergeom.cdf(count - 1, self.num_sources - 1, self.ranks - 1, self.pool - 1).mean())
-
-    @property
-    def mrr(self) -> float:
-        """Mean reciprocal rank, above 0 to 1: of rank r among M, in pools of N, (1 - C(M-r, N) / C(M, N)) M / (N r)."""
-        none_as_good = stats.hypergeom.pmf(0, self.num_sources, self.ranks, self.pool)
-        return float(((1 - none_as_good) * self.num_sources / (self.pool * self.ranks)).mean())
-
-    @property
-    def chance(self) -> float:
-        """Top-1 of a summary without information: 1 / pool."""
-        return 1 / self.pool
-
-    @property
-    def chance_mrr(self) -> float:
-        """MRR of a summary without information: the mean of 1 / rank over all ranks."""
-        return float((1 / np.arange(1, self.pool + 1)).mean())
+        A pool holds the own source and pool - 1 others. How many of those rank better is hypergeometric, so the
+        figures are expectations over all pools. top_k: share of summaries whose own source is among the nearest k,
+        0 to 1. mrr: mean reciprocal rank; of rank r among M in pools of N, (1 - C(M-r, N) / C(M, N)) M / (N r).
+        chance and chance_mrr: top_1 and mrr of a summary without information, 1 / N and the mean of 1 / rank.
+        """
+        total, ranks = self.num_sources, self.ranks
+        pool = min(pool or total, total)
+        none_as_good = stats.hypergeom.pmf(0, total, ranks, pool)
+        figures = {f"top_{k}": stats.hypergeom.cdf(k - 1, total - 1, ranks - 1, pool - 1).mean() for k in (1, 5)}
+        if pool == total:  # one pool only: exact shares, without the distribution's rounding
+            figures = {f"top_{k}": (ranks <= k).mean() for k in (1, 5)}
+        figures |= {"mrr": ((1 - none_as_good) * total / (pool * ranks)).mean()}
+        figures |= {"chance": 1 / pool, "chance_mrr": (1 / np.arange(1, pool + 1)).mean()}
+        return {name: float(value) for name, value in figures.items()}
 
 
 def identify_sources(
-    summaries: np.ndarray, targets: np.ndarray, sources: Sequence[str], rows: Sequence[int] | None = None
+    summaries: np.ndarray, targets: np.ndarray, sources: Texts, rows: Sequence[int] | None = None
 ) -> Identification:
     """Rank each summary's own target among the targets of all sources, by cosine.
 
-    summaries (n, dim); targets (m, dim), a pool that may hold more than the summaries' own; `sources` (m,) names the
-    source of each target, and targets of one source do not compete. `rows` (n,) are the positions of the summaries'
-    own targets in the pool; without them n = m, row by row. An all-zero summary (an empty text) ranks last.
-    Raises ValueError for fewer than two sources.
+    summaries (n, dim); targets (m, dim), which may be more than the summaries' own; `sources` (m,) names the source of
+    each target, and targets of one source do not compete. `rows` (n,) are the summaries' own targets, by default the
+    same rows. An all-zero summary (an empty text) ranks last. Raises ValueError for fewer than two sources.
     """
     own = np.arange(len(targets)) if rows is None else np.asarray(rows)
     assert len(own) == len(summaries) and len(sources) == len(targets), (len(own), summaries.shape, targets.shape)
     names, numbers = np.unique(np.array(sources), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{len(names)} source; identification needs at least 2")
-    by_source = np.argsort(numbers, kind="stable")
-    starts = np.searchsorted(numbers[by_source], np.arange(len(names)))
-    given, pool = unit_rows(summaries), unit_rows(targets)
+    summaries, targets = unit_rows(summaries), unit_rows(targets)
     ranks = []
-    for first in range(0, len(own), _COMPARED):
-        mine = own[first : first + _COMPARED]
-        similarity = given[first : first + _COMPARED] @ pool.T  # (chunk, m)
-        nearest = np.maximum.reduceat(similarity[:, by_source], starts, axis=1)  # of each source: (chunk, sources)
-        at = np.arange(len(mine))
-        rivals = nearest >= similarity[at, mine][:, None] - 1e-12
-        rivals[at, numbers[mine]] = False
-        ranks.append(1 + rivals.sum(axis=1))
-    return Identification(np.concatenate(ranks), len(names), len(names))
+    for start in range(0, len(own), _COMPARED):
+        similarity = summaries[start : start + _COMPARED] @ targets.T  # (chunk, m)
+        for row, cosines in zip(own[start : start + _COMPARED], similarity, strict=True):
+            as_near = numbers[cosines >= cosines[row] - 1e-12]  # the own source among them
+            ranks.append(len(np.unique(as_near)))
+    return Identification(np.array(ranks), len(names))
 
 
-class Interval(NamedTuple):
-    """A mean and its 95 % confidence interval."""
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """The mean of `values` (n,) and the ends of its 95 % percentile bootstrap interval (Efron, 1979).
 
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> Interval:
-    """Percentile bootstrap (Efron, 1979) of the mean of `values` (n,), 95 %; a single value is its own interval.
-
-    Raises ValueError for no values.
+    A single value is its own interval. Raises ValueError for no values.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("no values; a bootstrap needs at least one")
     mean = float(values.mean())
     if len(values) == 1:
-        return Interval(mean, mean, mean)
+        return mean, mean, mean
     settings = {"n_resamples": RESAMPLES, "batch": _RESAMPLED, "method": "percentile"}
-    found = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(seed), **settings).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    low, high = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(seed), **settings).confidence_interval
+    return mean, float(low), float(high)
 
 
 def permutation_p(first: np.ndarray, second: np.ndarray, seed: int = 0) -> float:

@@ -1,11 +1,12 @@
 """The report: scores of an adapter and of every baseline on the same texts; and tables of scores and summaries.
 
-torch is imported only by the functions that score adapters: reading a finished report needs files alone.
+torch is imported only by the functions that score adapters: tables of finished runs need files alone.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm
 
-from elmlib.config import SummaryTrainingConfig
 from elmlib.data.records import atomic_path, parse_line, read_lines
 from elmlib.evaluation.metrics import (
     COPY,
     POOL,
-    Identification,
+    TRUE,
+    Embed,
     bertscore_means,
     bootstrap_interval,
     cosine_rows,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS = {
+_LABELS = {
     "val_nll": "NLL (nats per token)",
     "bertscore_precision": "BERTScore precision",
     "bertscore_recall": "BERTScore recall",
@@ -47,8 +48,6 @@ _ROWS = {
     "bertscore_composite": "BERTScore composite",
     "bertscore_f1_rescaled": "BERTScore F1, rescaled",
     "drift_similarity": "drift similarity",
-}
-_QUALITY = {
     "identification_top_1": "own source first (top-1)",
     "identification_chance": "top-1 by chance",
     "identification_mrr": "own source (MRR)",
@@ -60,7 +59,6 @@ _QUALITY = {
     "repeated_bigram_rate": "repeated bigrams",
     "distinct_prediction_rate": "distinct summaries",
 }
-_TEXTS = ("source_id", "target_text", "prediction")
 _COMMON = (
     *("llm_model_name", "embedding_model_name", "embedding_dim", "bertscore_model"),
     *("soft_token_position", "max_new_tokens"),
@@ -68,76 +66,30 @@ _COMMON = (
 
 
 @dataclass(frozen=True, eq=False)
-class BaselineScores:
-    """The scores of one system over n texts."""
-
-    name: str
-    predictions: tuple[str, ...]
-    f1: np.ndarray
-    """(n,) raw BERTScore F1."""
-    composite: float
-    """0.3 P + 0.3 R + 0.4 F1 over all texts."""
-    consistency: np.ndarray
-    """(n,) semantic consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one."""
-    by_reference: Identification
-    """Nearest reference summary among those of the whole split."""
-    by_source: Identification
-    """Nearest source embedding among those of the whole split."""
-    quality: dict[str, float]
-    p_value: float
-    """Of the paired permutation test that F1 equals the adapter's; 1 for the adapter itself."""
-    p_copy: float
-    """The same against the nearest training neighbour's summary; NaN where that is not in the report."""
-
-    def row(self) -> dict[str, str | float]:
-        """One line of the CSV file."""
-        row: dict[str, str | float] = {"system": self.name, "bertscore_composite": self.composite}
-        for name, values in (("bertscore_f1", self.f1), ("semantic_consistency", self.consistency)):
-            interval = bootstrap_interval(values)
-            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        row |= {"p_value": self.p_value, "p_copy": self.p_copy}
-        for name, ranks in (("reference", self.by_reference), ("source", self.by_source)):
-            for pool, among in ((name, ranks.among(POOL)), (f"{name}_all", ranks)):
-                for figure in ("top_1", "top_5", "mrr", "chance", "chance_mrr"):
-                    row[f"{pool}_{figure}"] = getattr(among, figure)
-        return row | self.quality
-
-
-@dataclass(frozen=True, eq=False)
 class Report:
     """All systems on the same texts, the adapter first."""
 
-    systems: tuple[BaselineScores, ...]
-    source_ids: tuple[str, ...]
-    references: tuple[str, ...]
-    """(n,) of the texts, as are `source_ids`."""
+    frame: "pandas.DataFrame"
+    """One row a system.
 
-    def __getitem__(self, name: str) -> BaselineScores:
-        """The system of that name; KeyError names those that there are."""
-        for system in self.systems:
-            if system.name == name:
-                return system
-        raise KeyError(f"no system {name!r}; there are {[system.name for system in self.systems]}")
-
-    def to_frame(self) -> "pandas.DataFrame":
-        """One row a system; intervals are 95% bootstrap intervals of the mean, `..._low` and `..._high`."""
-        import pandas
-
-        return pandas.DataFrame([system.row() for system in self.systems]).set_index("system")
+    `..._low` and `..._high` are the ends of 95 % bootstrap intervals of the mean. bertscore_f1 is raw.
+    semantic_consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one. p_value: of the
+    paired permutation test that F1 equals the adapter's, 1 for the adapter itself; p_copy: the same against the nearest
+    training neighbour's summary, NaN where that is not in the report. reference_ and source_: `Identification.figures`
+    of the own reference summary and of the own source embedding in pools of `POOL`, with `all_` in the whole split.
+    """
+    texts: list[dict[str, Any]]
+    """One a text: source_id, reference, and by system `summaries` and `bertscore_f1`."""
 
     def write_csv(self, path: Path) -> None:
-        """`to_frame` as CSV."""
+        """`frame` as CSV."""
         with atomic_path(path) as temporary:
-            self.to_frame().to_csv(temporary)
+            self.frame.to_csv(temporary)
 
     def write_texts(self, path: Path) -> None:
-        """JSONL, one line a text: its reference, and for each system the summary and its F1."""
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            for place, (source_id, reference) in enumerate(zip(self.source_ids, self.references, strict=True)):
-                line: dict[str, Any] = {"source_id": source_id, "reference": reference}
-                line["summaries"] = {system.name: system.predictions[place] for system in self.systems}
-                line["bertscore_f1"] = {system.name: system.f1[place].item() for system in self.systems}
-                file.write(orjson.dumps(line) + b"\n")
+        """`texts` as JSONL."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"".join(orjson.dumps(text) + b"\n" for text in self.texts))
 
     def display_frame(self) -> "pandas.DataFrame":
         """The main columns for people, chance in the last row.
@@ -145,31 +97,29 @@ class Report:
         `p` is against the adapter, `p copy` against the nearest training neighbour's summary. top-1, top-5, MRR and
         source are in pools of `POOL` sources, top-1 of N is among the whole split.
         """
-        import pandas
-
-        every = self.systems[0].by_reference
-        few, top_all = every.among(POOL), f"top-1 of {every.num_sources}"
-        rows: list[dict[str, Any]] = []
-        for system in self.systems:
-            f1, near, source = bootstrap_interval(system.f1), system.by_reference.among(POOL), system.by_source
-            rows.append(
-                {"": system.name, "F1 [95%]": f"{f1.mean:.3f} [{f1.low:.3f}, {f1.high:.3f}]"}
-                | {"p": "" if system is self.systems[0] else f"{system.p_value:.4f}"}
-                | {"p copy": "" if system.name == COPY or np.isnan(system.p_copy) else f"{system.p_copy:.4f}"}
-                | {"top-1": f"{near.top_1:.2f}", "top-5": f"{near.top_5:.2f}", "MRR": f"{near.mrr:.2f}"}
-                | {"source": f"{source.among(POOL).top_1:.2f}", top_all: f"{system.by_reference.top_1:.3f}"}
-                | {"consistency": f"{system.consistency.mean():.3f}"}
-            )
-        chance = {"": f"chance, 1 of {few.pool}", "top-1": few.chance, "top-5": min(1.0, 5 * few.chance)}
-        chance |= {"MRR": few.chance_mrr, "source": few.chance}
-        shown = {name: x if isinstance(x, str) else f"{x:.2f}" for name, x in chance.items()}
-        return pandas.DataFrame([*rows, shown | {top_all: f"{every.chance:.3f}"}]).fillna("").set_index("")
+        frame, first = self.frame, self.frame.iloc[0]
+        pool, total = (round(1 / first[f"{name}_chance"]) for name in ("reference", "reference_all"))
+        columns = {"p": ("p_value", 4), "p copy": ("p_copy", 4), "top-1": ("reference_top_1", 2)}
+        columns |= {"top-5": ("reference_top_5", 2), "MRR": ("reference_mrr", 2), "source": ("source_top_1", 2)}
+        columns |= {f"top-1 of {total}": ("reference_all_top_1", 3), "consistency": ("semantic_consistency", 3)}
+        intervals = frame[["bertscore_f1", "bertscore_f1_low", "bertscore_f1_high"]].itertuples(index=False)
+        shown = frame[[]].assign(
+            **{"F1 [95%]": [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in intervals]}
+        )
+        for name, (column, digits) in columns.items():
+            shown[name] = frame[column].map(f"{{:.{digits}f}}".format)
+        shown.loc[frame.index[0], "p"] = ""  # of a test against itself
+        shown.loc[frame.p_copy.isna() | (frame.index == COPY), "p copy"] = ""
+        chance = [first.reference_chance, min(1.0, 5 * first.reference_chance), first.reference_chance_mrr]
+        texts = [f"{value:.2f}" for value in (*chance, first.source_chance)]
+        shown.loc[f"chance, 1 of {pool}"] = ["", "", "", *texts, f"{first.reference_all_chance:.3f}", ""]
+        return shown.rename_axis("")
 
 
 def score_baselines(
     baselines: Sequence["Baseline"],
     evaluator: "BERTScoreEvaluator",
-    embed: Callable[[list[str]], np.ndarray],
+    embed: Embed,
     dataset: "SummaryDataset",
     rows: Sequence[int],
 ) -> Report:
@@ -178,78 +128,40 @@ def score_baselines(
     A summary has to identify its own source among all sources of the dataset. The first system is the adapter, with
     which the others are compared. Raises ValueError as `check_pairs` and `identify_sources` do.
     """
-    references = [record.target_text for record in dataset.records]
+    import pandas
+
+    every = [record.target_text for record in dataset.records]
     embeddings = dataset.vectors(range(len(dataset))).numpy()
-    sources = [str(source) for source in dataset.sources]
-    targets = embed_texts(embed, references, embeddings.shape[1])
-    chosen = [references[row] for row in rows]
-    scored: list[BaselineScores] = []
-    for number, baseline in enumerate(tqdm(baselines, desc="report", unit="system"), start=1):
-        logger.info("report, %d of %d: %s", number, len(baselines), baseline.name)
-        predictions = baseline.write()
-        scores = evaluator.score_pairs(predictions, chosen)
+    targets = {"reference": embed_texts(embed, every, embeddings.shape[1]), "source": embeddings}
+    sources, references = [str(source) for source in dataset.sources], [every[row] for row in rows]
+    texts: list[dict[str, Any]] = [
+        {"source_id": dataset.records[row].source, "reference": every[row], "summaries": {}, "bertscore_f1": {}}
+        for row in rows
+    ]
+    systems: list[dict[str, Any]] = []
+    f1: dict[str, np.ndarray] = {}
+    for number, (name, write) in enumerate(tqdm(baselines, desc="report", unit="system"), start=1):
+        logger.info("report, %d of %d: %s", number, len(baselines), name)
+        predictions = write()
+        scores = evaluator.score_pairs(predictions, references)
         vectors = embed_texts(embed, predictions, embeddings.shape[1])
-        scored.append(
-            BaselineScores(
-                name=baseline.name,
-                predictions=tuple(predictions),
-                f1=scores.f1,
-                composite=bertscore_means(scores)["bertscore_composite"],
-                consistency=cosine_rows(vectors, embeddings[rows]),
-                by_reference=identify_sources(vectors, targets, sources, rows),
-                by_source=identify_sources(vectors, embeddings, sources, rows),
-                quality=quality_metrics(predictions, chosen),
-                p_value=permutation_p(scores.f1, scored[0].f1) if scored else 1.0,
-                p_copy=float("nan"),
-            )
-        )
-    copied = next((system.f1 for system in scored if system.name == COPY), None)
-    if copied is not None:
-        scored = [replace(system, p_copy=permutation_p(system.f1, copied)) for system in scored]
-    return Report(tuple(scored), tuple(dataset.records[row].source for row in rows), tuple(chosen))
-
-
-class _Scorer:
-    """Models and data of one config, on which several adapters can be scored."""
-
-    def __init__(self, config: SummaryTrainingConfig, split: str, samples: int, device: "torch.device"):
-        from elmlib.data.dataset import load_split, locate_split
-        from elmlib.evaluation.bertscore import BASELINE_TEXTS, create_evaluator
-        from elmlib.models.elm import build_model
-        from elmlib.models.pretrained import encode, load_embedder
-        from elmlib.models.warm_start import load_warm_start
-
-        for name in ("train", "val", split):  # before a model is loaded or downloaded: a wrong folder fails at once
-            locate_split(config, name)
-        self.config, self.device = config, device
-        self.model = build_model(config, device)
-        self.train, val = (load_split(config, name, self.model.tokenizer) for name in ("train", "val"))
-        self.warm_start = load_warm_start(self.train, val, self.model.table, config)
-        embedder = load_embedder(config.embedding_model_name, config.evaluation_device or device)
-        self.embed = lambda texts: encode(embedder, texts, config.batch_size)
-        chosen = self.train.subset(BASELINE_TEXTS, config.eval_seed)
-        references = [self.train.records[row].target_text for row in chosen]
-        self.evaluator = create_evaluator(config, references, config.evaluation_device or device)
-        self.dataset = {"train": self.train, "val": val}.get(split) or load_split(config, split, self.model.tokenizer)
-        self.rows = self.dataset.subset(samples or len(self.dataset), config.eval_seed)
-
-    def baselines(self, path: Path, sampling: "Sampling | None" = None) -> "list[Baseline]":
-        """The adapter file at `path` and its baselines."""
-        from elmlib.evaluation.baselines import list_baselines
-        from elmlib.models.adapter import load_adapter, make_adapter
-        from elmlib.models.warm_start import warm_started_adapter
-
-        file = load_adapter(path)
-        adapter = make_adapter(file.config, self.model.table)
-        adapter.load_state_dict(file.weights)
-        trained = self.model.with_adapter(adapter.to(self.device).eval())
-        untrained = self.model.with_adapter(warm_started_adapter(file.config, self.warm_start, self.model.table).eval())
-        return list_baselines(
-            trained, untrained, self.embed, self.train, self.dataset, self.rows, self.config, sampling
-        )
-
-    def score(self, baselines: "Sequence[Baseline]") -> Report:
-        return score_baselines(baselines, self.evaluator, self.embed, self.dataset, self.rows)
+        f1[name] = scores.f1
+        row = {"system": name, "bertscore_composite": bertscore_means(scores)["bertscore_composite"]}
+        consistency = cosine_rows(vectors, embeddings[rows])
+        for column, values in (("bertscore_f1", scores.f1), ("semantic_consistency", consistency)):
+            row |= zip((column, f"{column}_low", f"{column}_high"), bootstrap_interval(values), strict=True)
+        row |= {"p_value": permutation_p(scores.f1, next(iter(f1.values()))) if systems else 1.0, "p_copy": np.nan}
+        for target, pool in targets.items():
+            ranks = identify_sources(vectors, pool, sources, rows)
+            for prefix, figures in ((target, ranks.figures(POOL)), (f"{target}_all", ranks.figures())):
+                row |= {f"{prefix}_{figure}": value for figure, value in figures.items()}
+        systems.append(row | quality_metrics(predictions, references))
+        for text, prediction, value in zip(texts, predictions, scores.f1.tolist(), strict=True):
+            text["summaries"][name], text["bertscore_f1"][name] = prediction, value
+    frame = pandas.DataFrame(systems).set_index("system")
+    if COPY in f1:
+        frame["p_copy"] = [permutation_p(values, f1[COPY]) for values in f1.values()]
+    return Report(frame, texts)
 
 
 def score_checkpoint(
@@ -260,11 +172,7 @@ def score_checkpoint(
     `split` is `train`, `val` or `test`; `sampling` adds the best of several candidates. Raises FileNotFoundError and
     ValueError as loading data and adapter does.
     """
-    from elmlib.models.adapter import load_adapter
-
-    config = replace(load_adapter(checkpoint).config, summary_data_path=data_dir)
-    scorer = _Scorer(config, split, samples, device)
-    return scorer.score(scorer.baselines(checkpoint, sampling))
+    return _score({TRUE: checkpoint}, data_dir, split, samples, device, sampling, every_baseline=True)
 
 
 def score_adapters(
@@ -274,39 +182,68 @@ def score_adapters(
 
     Raises ValueError where they differ in models, position of the soft tokens or length of the summaries.
     """
-    from elmlib.models.adapter import load_adapter
+    return _score(checkpoints, data_dir, split, samples, device)
 
-    configs = {name: load_adapter(path).config for name, path in checkpoints.items()}
-    first, config = next(iter(configs.items()))
-    for name, other in configs.items():
-        for setting in _COMMON:
-            theirs, ours = getattr(other, setting), getattr(config, setting)
-            if theirs != ours:
-                raise ValueError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
-    scorer = _Scorer(replace(config, summary_data_path=data_dir), split, samples, device)
+
+def _score(
+    checkpoints: Mapping[str, Path],
+    data_dir: str,
+    split: str,
+    samples: int,
+    device: "torch.device",
+    sampling: "Sampling | None" = None,
+    every_baseline: bool = False,
+) -> Report:
+    """Score adapters; of the first one also all baselines, or the shuffled control alone."""
+    from elmlib.data.dataset import load_split, locate_split
+    from elmlib.evaluation.baselines import list_baselines
+    from elmlib.evaluation.bertscore import BASELINE_TEXTS, create_evaluator
+    from elmlib.models.adapter import load_adapter, make_adapter
+    from elmlib.models.elm import build_model
+    from elmlib.models.pretrained import encode, load_embedder
+    from elmlib.models.warm_start import load_warm_start, warm_started_adapter
+
+    files = {name: load_adapter(path) for name, path in checkpoints.items()}
+    first, file = next(iter(files.items()))
+    config = replace(file.config, summary_data_path=data_dir)
+    for name, setting in product(files, _COMMON):
+        theirs, ours = getattr(files[name].config, setting), getattr(config, setting)
+        if theirs != ours:
+            raise ValueError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
+    for name in ("train", "val", split):  # before a model is loaded or downloaded: a wrong folder fails at once
+        locate_split(config, name)
+    model = build_model(config, device)
+    train, val = (load_split(config, name, model.tokenizer) for name in ("train", "val"))
+    dataset = {"train": train, "val": val}.get(split) or load_split(config, split, model.tokenizer)
+    rows = dataset.subset(samples or len(dataset), config.eval_seed)
+    warm_start = load_warm_start(train, val, model.table, config)
+    evaluation_device = config.evaluation_device or device
+    embedder = load_embedder(config.embedding_model_name, evaluation_device)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return encode(embedder, texts, config.batch_size)
+
+    references = [train.records[row].target_text for row in train.subset(BASELINE_TEXTS, config.eval_seed)]
+    evaluator = create_evaluator(config, references, evaluation_device)
     baselines: list[Baseline] = []
-    for name, path in checkpoints.items():
-        adapter, shuffled, *_ = scorer.baselines(path)
-        baselines += [adapter._replace(name=name)] + ([] if baselines else [shuffled])
-    return scorer.score(baselines)
-
-
-def score_rows(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Label, score with true embeddings and score with shuffled ones, for each score that has both."""
-    return [
-        (label, metrics[name], metrics[f"{name}_shuffled"])
-        for name, label in _ROWS.items()
-        if name in metrics and f"{name}_shuffled" in metrics
-    ]
+    for name, file in files.items():
+        adapter = make_adapter(file.config, model.table)
+        adapter.load_state_dict(file.weights)
+        trained = model.with_adapter(adapter.to(device).eval())
+        untrained = model.with_adapter(warm_started_adapter(file.config, warm_start, model.table).eval())
+        own, *others = list_baselines(trained, untrained, embed, train, dataset, rows, config, sampling)
+        baselines += [own._replace(name=name), *(others if every_baseline else others[: not baselines])]
+    return score_baselines(baselines, evaluator, embed, dataset, rows)
 
 
 def score_frame(metrics: Mapping[str, Any]) -> "pandas.DataFrame":
     """Each score with true and with shuffled embeddings and the difference; then the form of the summaries."""
     import pandas
 
-    rows = [{"": label, "true": a, "shuffled": b, "difference": a - b} for label, a, b in score_rows(metrics)]
-    rows += [{"": label, "true": metrics[name]} for name, label in _QUALITY.items() if name in metrics]
-    return pandas.DataFrame(rows, columns=["", "true", "shuffled", "difference"]).set_index("").round(3)
+    found = [name for name in _LABELS if name in metrics]
+    rows = [(metrics[name], metrics.get(f"{name}_shuffled", np.nan)) for name in found]
+    frame = pandas.DataFrame(rows, [_LABELS[name] for name in found], ["true", "shuffled"], float).rename_axis("")
+    return frame.assign(difference=frame.true - frame.shuffled).round(3)
 
 
 def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
@@ -317,8 +254,9 @@ def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
     lines = []
     for number, line in read_lines(path):
         values = parse_line(line, f"{path}, line {number}")
-        if missing := [field for field in fields if field not in values]:
-            raise ValueError(f"{path}, line {number} has no {missing[0]!r}, which a training run's predictions have")
+        for field in fields:
+            if not isinstance(values, dict) or field not in values:
+                raise ValueError(f"{path}, line {number} has no {field!r}; expected the predictions of a training run")
         lines.append(values)
     return lines
 
@@ -327,7 +265,8 @@ def sample_frame(predictions: Path, count: int = 5) -> "pandas.DataFrame":
     """The first `count` summaries of a predictions file beside their references."""
     import pandas
 
-    return pandas.DataFrame(read_predictions(predictions, *_TEXTS)[:count], columns=list(_TEXTS))
+    columns = ["source_id", "target_text", "prediction"]
+    return pandas.DataFrame(read_predictions(predictions, *columns)[:count])[columns]
 
 
 def examples_frame(predictions: Path, count: int = 3) -> "pandas.DataFrame":
@@ -340,11 +279,12 @@ def examples_frame(predictions: Path, count: int = 3) -> "pandas.DataFrame":
 
     if count < 1:
         raise ValueError(f"count is {count}; expected at least 1")
-    lines = read_predictions(predictions, "bertscore_f1", "rank", *_TEXTS)
+    columns = ["bertscore_f1", "rank", "source_id", "target_text", "prediction"]
+    lines = pandas.DataFrame(read_predictions(predictions, *columns))
     if len(lines) < 3:
         raise ValueError(f"{predictions} has {len(lines)} lines; best, median and worst need at least 3")
-    lines.sort(key=lambda values: -values["bertscore_f1"])
+    lines = lines.sort_values("bertscore_f1", ascending=False, kind="stable", ignore_index=True)
     size = min(count, len(lines) // 3)
     starts = {"best": 0, "median": (len(lines) - size) // 2, "worst": len(lines) - size}
-    rows = [{"group": group} | line for group, start in starts.items() for line in lines[start : start + size]]
-    return pandas.DataFrame(rows, columns=["group", "bertscore_f1", "rank", *_TEXTS])
+    groups = [lines[start : start + size].assign(group=group) for group, start in starts.items()]
+    return pandas.concat(groups, ignore_index=True)[["group", *columns]]

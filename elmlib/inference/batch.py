@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,29 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 from elmlib import data
-from elmlib.data import EmbeddingFile, PromptBatch, find_records, parse_line, read_lines, read_records
-from elmlib.evaluation import rerank
-from elmlib.models import (
-    BEST,
-    Sampling,
-    SoftTokenModel,
-    build_model,
-    default_device,
-    encode,
-    load_adapter,
-    load_embedder,
-)
-from elmlib.models.pretrained import public_name
+from elmlib.data import EmbeddingFile, find_records, read_records
+from elmlib.evaluation import read_predictions
+from elmlib.inference.summarizer import Elm
+from elmlib.models import BEST, Sampling, load_adapter, public_name
 
 _CHECKED = 4096  # rows checked at a time
-
-
-class Request(NamedTuple):
-    """One line of the input: the embedding to summarise and the prompt to use."""
-
-    embedding_index: int
-    template: str
-    source_id: str
 
 
 def generate_file(
@@ -59,39 +40,36 @@ def generate_file(
     Raises ValueError before anything is written: for bad records, for embeddings of another size or model than the
     adapter reads, for rows that are not finite or zero, and for an `output` of another checkpoint, input or decoding.
     """
-    device = device or default_device()
     checkpoint = checkpoint / BEST if checkpoint.is_dir() else checkpoint
-    adapter = load_adapter(checkpoint)
-    config = adapter.config
+    config = load_adapter(checkpoint).config
     length = max_new_tokens or config.max_new_tokens
     records = None if source.suffix == ".safetensors" else find_records(source)
     with EmbeddingFile(embeddings or data.find_embeddings(records) if records else source) as vectors:
-        _check_embedder(vectors, checkpoint, config.embedding_model_name, config.embedding_dim)
-        total = _check_requests(records, vectors)
+        if vectors.dim != config.embedding_dim:
+            raise ValueError(
+                f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {config.embedding_dim} "
+                f"(from {config.embedding_model_name})"
+            )
+        made_by, model = vectors.metadata.get("embedding_model"), config.embedding_model_name
+        if made_by and public_name(made_by) != public_name(model):
+            raise ValueError(f"{vectors.path} holds vectors of {made_by}; {checkpoint} reads vectors of {model}")
+        requests = _read_requests(records, vectors)
         files = {"checkpoint": checkpoint, "records": records, "embeddings": vectors.path}
         made_from: dict[str, Any] = {name: data.file_digest(path)[:16] for name, path in files.items() if path}
-        made_from["max_new_tokens"] = length
-        choose = None
-        if sampling:
-            made_from["candidates"] = list(sampling)
-            embedder = load_embedder(config.embedding_model_name, device)
-            choose = _Choice(sampling, lambda texts: encode(embedder, texts, batch_size))
+        made_from |= {"max_new_tokens": length} | ({"candidates": list(sampling)} if sampling else {})
         done = _resume_output(output, made_from)
         # The LLM takes longest to load: only now is it known that it is needed.
-        model = build_model(config, device, adapter.weights, origin=str(checkpoint))
-        remaining = islice(_requests(records, vectors), done, None)
+        elm = Elm.from_pretrained(checkpoint, device=device)
         with (
             open(output, "ab") as file,
-            tqdm(total=total, initial=done, desc="generate", unit="summary", disable=not progress) as bar,
+            tqdm(total=len(requests), initial=done, desc="generate", unit="summary", disable=not progress) as bar,
         ):
-            while chunk := list(islice(remaining, batch_size)):
-                texts = _answer(model, chunk, vectors, length, device, choose)
-                for request in chunk:
-                    line = {"source_id": request.source_id, "embedding_index": request.embedding_index}
-                    file.write(orjson.dumps(line | texts[request[:2]]) + b"\n")
+            for start in range(done, len(requests), batch_size):
+                lines = _answer(elm, requests[start : start + batch_size], vectors, length, sampling)
+                file.write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
                 file.flush()
-                bar.update(len(chunk))
-    return total - done
+                bar.update(len(lines))
+    return len(requests) - done
 
 
 class TextPairs(NamedTuple):
@@ -109,82 +87,56 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
     """
     references = find_records(references)
     records = list(read_records(references, num_rows=sys.maxsize))
-    lines = [(f"{predictions}, line {number}", line) for number, line in read_lines(predictions)]
+    lines = read_predictions(predictions, "prediction")
     if len(lines) != len(records):
         raise ValueError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
-    texts = []
-    for (where, line), record in zip(lines, records, strict=True):
-        values = parse_line(line, where)
-        if not isinstance(values, dict) or not isinstance(values.get("prediction"), str):
-            raise ValueError(f"{where}: expected a JSON object with the text field 'prediction'")
-        if values.get("embedding_index", record.embedding_index) != record.embedding_index:
+    for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
+        if not isinstance(line["prediction"], str):
+            raise ValueError(f"{predictions}, line {number}: the prediction is {line['prediction']!r}, not a text")
+        if line.get("embedding_index", record.embedding_index) != record.embedding_index:
             raise ValueError(
-                f"{where}: made from embedding {values['embedding_index']}, but its record in {references} has "
-                f"{record.embedding_index}; were they written for the same file?"
+                f"{predictions}, line {number}: made from embedding {line['embedding_index']}, but its record in "
+                f"{references} has {record.embedding_index}; were they written for the same file?"
             )
-        texts.append(values["prediction"])
+    texts = [line["prediction"] for line in lines]
     return TextPairs(texts, [record.target_text for record in records], [record.source for record in records])
 
 
-class _Choice(NamedTuple):
-    sampling: Sampling
-    embed: Callable[[list[str]], np.ndarray]
+def _read_requests(records: Path | None, vectors: EmbeddingFile) -> list[tuple[int, str, str]]:
+    """(embedding row, prompt template, source_id) of each record, or of each row where there are no records.
+
+    Raises ValueError for a bad record, or for a row that is used and not finite or zero.
+    """
+    requests = [(row, data.TASK_TEMPLATES["summary"], "") for row in range(0 if records else vectors.num_rows)]
+    for record in read_records(records, vectors.num_rows) if records else ():
+        requests.append((record.embedding_index, record.input_prompt_template, record.source_id))
+    used = np.unique([row for row, _, _ in requests])
+    for start in range(0, vectors.num_rows, _CHECKED):
+        rows = used[(start <= used) & (used < start + _CHECKED)]
+        block = vectors.rows(start, min(start + _CHECKED, vectors.num_rows))
+        try:
+            data.check_rows(block[rows - start], rows.tolist())
+        except ValueError as error:
+            raise ValueError(f"{vectors.path}: {error}") from error
+    return requests
 
 
 def _answer(
-    model: SoftTokenModel,
-    chunk: list[Request],
-    vectors: EmbeddingFile,
-    length: int,
-    device: torch.device,
-    choice: _Choice | None,
-) -> dict[tuple[int, str], dict[str, str]]:
-    """The output fields of each (embedding, template) of `chunk`."""
-    answers: dict[tuple[int, str], dict[str, str]] = {}
-    for template in dict.fromkeys(request.template for request in chunk):
-        rows = list(dict.fromkeys(request.embedding_index for request in chunk if request.template == template))
+    elm: Elm, chunk: list[tuple[int, str, str]], vectors: EmbeddingFile, length: int, sampling: Sampling | None
+) -> list[dict[str, Any]]:
+    """The output lines of `chunk`; each embedding under each prompt is generated once."""
+    fields: dict[tuple[int, str], dict[str, str]] = {}
+    for template in dict.fromkeys(template for _, template, _ in chunk):
+        rows = list(dict.fromkeys(row for row, other, _ in chunk if other == template))
         own = np.concatenate([vectors.rows(row, row + 1) for row in rows])
-        batch = PromptBatch(torch.from_numpy(own), data.prompt_ids(model.tokenizer, template)).to(device)
-        fields = [{"prediction": text} for text in model.generate(batch, length)]
-        if choice:
-            best = rerank(choice.embed, model.candidates(batch, length, choice.sampling), own)
-            fields = [field | {"best_candidate": text} for field, text in zip(fields, best, strict=True)]
-        answers |= zip(((row, template) for row in rows), fields, strict=True)
-    return answers
-
-
-def _requests(records: Path | None, vectors: EmbeddingFile) -> Iterator[Request]:
-    """One request a record, or one a row where there are no records."""
-    if records is None:
-        yield from (Request(row, data.TASK_TEMPLATES["summary"], "") for row in range(vectors.num_rows))
-        return
-    for record in read_records(records, vectors.num_rows):
-        yield Request(record.embedding_index, record.input_prompt_template, record.source_id)
-
-
-def _check_requests(records: Path | None, vectors: EmbeddingFile) -> int:
-    """The number of requests; ValueError for a bad record, or for a row that is used and not finite or zero."""
-    used, total = np.zeros(vectors.num_rows, bool), 0
-    for request in _requests(records, vectors):
-        used[request.embedding_index] = True
-        total += 1
-    for start in range(0, vectors.num_rows, _CHECKED):
-        rows = start + np.flatnonzero(used[start : start + _CHECKED])
-        try:
-            data.check_rows(vectors.rows(start, min(start + _CHECKED, vectors.num_rows))[rows - start], rows.tolist())
-        except ValueError as error:
-            raise ValueError(f"{vectors.path}: {error}") from error
-    return total
-
-
-def _check_embedder(vectors: EmbeddingFile, checkpoint: Path, model: str, size: int) -> None:
-    if vectors.dim != size:
-        raise ValueError(
-            f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {size} (from {model})"
-        )
-    made_by = vectors.metadata.get("embedding_model", model)
-    if public_name(made_by) != public_name(model):
-        raise ValueError(f"{vectors.path} holds vectors of {made_by}; {checkpoint} reads vectors of {model}")
+        texts = {"prediction": elm.summarize(own, length, task=template, batch_size=len(rows))}
+        if sampling:
+            texts["best_candidate"] = elm.summarize(own, length, sampling, template, len(rows))
+        for row, values in zip(rows, zip(*texts.values(), strict=True), strict=True):
+            fields[row, template] = dict(zip(texts, values, strict=True))
+    return [
+        {"source_id": source_id, "embedding_index": row} | fields[row, template] for row, template, source_id in chunk
+    ]
 
 
 def _resume_output(output: Path, made_from: dict[str, Any]) -> int:
@@ -198,9 +150,6 @@ def _resume_output(output: Path, made_from: dict[str, Any]) -> int:
     if before != made_from:
         raise ValueError(f"{output} exists and was made from {before}, not from {made_from}; remove it or name another")
     with open(output, "r+b") as file:
-        lines = size = 0
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, size = lines + 1, size + len(line)
-        file.truncate(size)
-    return lines
+        complete = [line for line in file if line.endswith(b"\n")]
+        file.truncate(sum(map(len, complete)))
+    return len(complete)

@@ -5,7 +5,8 @@ Interpolation between embeddings: Tennenholtz et al., ICLR 2024, https://arxiv.o
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from sentence_transformers.util import cos_sim
-from torch.nn.functional import normalize
 
 from elmlib.data.dataset import load_split
 from elmlib.data.records import EmbeddingFile
@@ -29,28 +29,6 @@ if TYPE_CHECKING:
 GREEDY, BEAMS, SAMPLED, BEST_OF = "greedy", "beam search", "sampled", "best of several samples"
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How a summary is decoded; greedy by default."""
-
-    num_beams: int = 1
-    """Above 1: beam search with so many beams."""
-    temperature: float = 0.0
-    """Above 0: tokens are sampled."""
-    top_p: float = 0.95
-    """Nucleus of the samples, above 0 to 1."""
-    candidates: int = 1
-    """Above 1: so many are sampled, and the one whose re-embedding is nearest to the vector is kept."""
-    max_new_tokens: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.candidates > 1 and not self.temperature:
-            raise ValueError("candidates are sampled: set a temperature above 0, or candidates to 1")
-        if self.num_beams > 1 and self.temperature:
-            raise ValueError("beam search takes the best tokens: set temperature to 0, or num_beams to 1")
-
-
 class Question(NamedTuple):
     """A vector (dim,) to summarise, and what is known about it."""
 
@@ -61,20 +39,8 @@ class Question(NamedTuple):
     """The shuffled control: the vector of another source, for which the summary must differ."""
 
 
-def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
-    """The run that saved its adapter last, and its data, of several runs (folder -> data folder).
-
-    Raises FileNotFoundError where none has an adapter.
-    """
-    trained = [run for run in runs if Path(run, BEST).is_file()]
-    if not trained:
-        raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
-    newest = max(trained, key=lambda run: Path(run, BEST).stat().st_mtime)
-    return newest, runs[newest]
-
-
 class Explorer:
-    """A trained adapter and the data that it was trained on."""
+    """A trained adapter and the data that it was trained on: summaries, comparisons, and cards for a notebook."""
 
     def __init__(self, elm: Elm, data_dir: Path | str, split: str = "val"):
         """`split` holds the texts to choose from.
@@ -85,12 +51,12 @@ class Explorer:
         config = replace(elm.file.config, summary_data_path=str(data_dir))
         self.train, self.val = (load_split(config, name, elm.model.tokenizer) for name in ("train", split))
         self.vectors = self.val.vectors(range(len(self.val))).numpy()
-        self._train_units = normalize(self.train.vectors(range(len(self.train))))
         # A row of another group, here the part before the colon of `module:name`: rows of one module are alike.
         sources = [record.source for record in self.val.records]
         groups = [source.rpartition(":")[0] or source for source in sources]
         self.swap = swap_sources(groups if len(set(groups)) > 1 else sources, config.eval_seed)
         """(rows,): for each text the row of its shuffled control."""
+        self._one_at_a_time = threading.Lock()  # JupyterLab calls widgets from a thread of its own
 
     def question(self, row: int) -> Question:
         """The question about text `row` of the split."""
@@ -103,20 +69,33 @@ class Explorer:
             raise ValueError("the text is empty; type one")
         return Question(self.elm.embed([text])[0], "", text, self.vectors[self.swap[0]])
 
-    def stream(self, vector: np.ndarray, decoding: Decoding = Decoding()) -> Iterator[str]:
-        """The summary of `vector` (embedding_dim,) after each token; beams and candidates come whole, at the end."""
-        batch, length = self.elm.batch(vector[None]), decoding.max_new_tokens
-        sampling = Sampling(decoding.candidates, decoding.temperature, decoding.top_p, decoding.seed)
-        if decoding.num_beams > 1:
-            yield self.elm.model.search_beams(batch, length, decoding.num_beams)[0]
-        elif decoding.candidates > 1:
-            yield self.elm.summarize(vector[None], length, sampling)[0]
-        else:
-            yield from (texts[0] for texts in self.elm.model.stream(batch, length, sampling))
+    def stream(
+        self,
+        vector: np.ndarray,
+        decoding: str = GREEDY,
+        tokens: int = 32,
+        beams: int = 4,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        candidates: int = 8,
+    ) -> Iterator[str]:
+        """The summary of `vector` (embedding_dim,) after each token; of beams and candidates the whole one.
 
-    def summarize(self, vector: np.ndarray, decoding: Decoding = Decoding()) -> str:
-        """The whole summary of `vector` (embedding_dim,)."""
-        *_, text = self.stream(vector, decoding)
+        `decoding` is GREEDY, BEAMS, SAMPLED or BEST_OF: of several samples that whose re-embedding is nearest to the
+        vector. Each takes of the other settings those that it needs; `tokens` is the most.
+        """
+        batch, model = self.elm.batch(vector[None]), self.elm.model
+        if decoding == BEAMS:
+            yield model.search_beams(batch, tokens, beams)[0]
+        elif decoding == BEST_OF:
+            yield self.elm.summarize(vector[None], tokens, Sampling(candidates, temperature, top_p))[0]
+        else:
+            sampling = Sampling(1, temperature if decoding == SAMPLED else 0.0, top_p)
+            yield from (texts[0] for texts in model.stream(batch, tokens, sampling))
+
+    def summarize(self, vector: np.ndarray, **decoding: Any) -> str:
+        """The whole summary of `vector` (embedding_dim,), decoded as by `stream`."""
+        *_, text = self.stream(vector, **decoding)
         return text
 
     def similarity(self, text: str, vector: np.ndarray) -> float:
@@ -127,55 +106,52 @@ class Explorer:
         """The `count` training texts nearest to `vector` (embedding_dim,): similarity (cosine), source_id, summary."""
         import pandas
 
-        similarity = self._train_units @ normalize(torch.from_numpy(vector[None]).float())[0]
+        similarity = cos_sim(torch.from_numpy(vector), self.train.vectors(range(len(self.train))))[0]
         nearest = similarity.topk(min(count, len(similarity)))
         records = [self.train.records[row] for row in nearest.indices.tolist()]
         columns = {"source_id": [it.source for it in records], "summary": [it.target_text for it in records]}
         return pandas.DataFrame({"similarity": nearest.values.tolist()} | columns)
 
-    def answer(self, question: Question, decoding: Decoding = Decoding()) -> Iterator[list[tuple[str, str]]]:
+    def answer(self, question: Question, **decoding: Any) -> Iterator[list[tuple[str, str]]]:
         """The rows (name, value) of a card: the summary after each token, and last all that it is compared with.
 
         That is the similarity, the reference, the summaries of the shuffled control and of the mean training vector,
         the nearest training texts and the text. Raises ValueError for a vector of another size, zero or not finite.
         """
         vector, text = question.vector, ""
-        for text in self.stream(vector, decoding):
+        for text in self.stream(vector, **decoding):
             yield [("summary", text)]
         rows = [("summary", text), ("similarity", f"{self.similarity(text, vector):.3f} (summary and vector, cosine)")]
         rows += [("reference", question.reference)] if question.reference else []
         if question.other is not None:
-            rows.append(("from another text's vector", self.summarize(question.other, decoding)))
-            rows.append(("from the mean vector", self.summarize(self.elm.mean_vector(), decoding)))
+            rows.append(("from another text's vector", self.summarize(question.other, **decoding)))
+            rows.append(("from the mean vector", self.summarize(self.elm.mean_vector(), **decoding)))
         near = self.neighbours(vector).itertuples()
         rows += [(f"near: {it.similarity:.3f}", f"{it.source_id}: {it.summary}") for it in near]
         yield rows + ([("text", question.text)] if question.text else [])
 
-    def labels(self) -> list[str]:
-        """A name for each text of the split: its number, its source, and how its reference begins."""
-        return [f"{row}  {record.source_id}: {record.target_text[:60]}" for row, record in enumerate(self.val.records)]
+    @cached_property
+    def decoding(self) -> "ipywidgets.interactive":
+        """The controls of how all cards decode; `kwargs` are the settings of `stream`."""
+        from ipywidgets import FloatSlider, IntSlider, interactive
 
-
-class Cards:
-    """Cards for a notebook: controls, and the summary of the vector that they choose."""
-
-    def __init__(self, explorer: Explorer):
-        import ipywidgets
-
-        self.explorer = explorer
-        self.decoding = ipywidgets.interactive(
-            choose_decoding, decoding=[GREEDY, BEAMS, SAMPLED, BEST_OF], tokens=(4, 128), beams=(2, 8),
-            temperature=(0.1, 1.5, 0.1), top_p=(0.05, 1.0, 0.05), candidates=(2, 32),
-        )  # fmt: skip
-        """The controls of how all cards decode; `result` is a `Decoding`."""
-        self._one_at_a_time = threading.Lock()  # JupyterLab calls widgets from a thread of its own
+        return interactive(
+            lambda **_: None,
+            decoding=[GREEDY, BEAMS, SAMPLED, BEST_OF],
+            tokens=IntSlider(32, 4, 128),
+            beams=IntSlider(4, 2, 8),
+            temperature=FloatSlider(value=0.7, min=0.1, max=1.5, step=0.1),
+            top_p=FloatSlider(value=0.95, min=0.05, max=1.0, step=0.05),
+            candidates=IntSlider(8, 2, 32),
+        )
 
     def texts(self, row: int = 0) -> "ipywidgets.Dropdown":
         """A control that chooses a text of the split by its row."""
         import ipywidgets
 
-        labels = self.explorer.labels()
-        return ipywidgets.Dropdown(options=[(label, i) for i, label in enumerate(labels)], value=row)
+        records = enumerate(self.val.records)
+        options = [(f"{i}  {record.source_id}: {record.target_text[:60]}", i) for i, record in records]
+        return ipywidgets.Dropdown(options=options, value=row)
 
     def card(
         self, question: Callable[..., Question | np.ndarray], button: str = "", **controls: Any
@@ -194,7 +170,7 @@ class Cards:
                 try:
                     asked = question(**values)
                     asked = asked if isinstance(asked, Question) else Question(asked)
-                    for rows in self.explorer.answer(asked, self.decoding.result):
+                    for rows in self.answer(asked, **self.decoding.kwargs):
                         html.value = _table(rows)
                 except (ValueError, OSError) as error:
                     html.value = _table([("error", str(error))])
@@ -208,24 +184,6 @@ class Cards:
         return ipywidgets.VBox([panel, html])
 
 
-def choose_decoding(
-    decoding: str = GREEDY,
-    tokens: int = 32,
-    beams: int = 4,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    candidates: int = 8,
-) -> Decoding:
-    """The decoding of that name; it takes of the other values those that it needs."""
-    return Decoding(
-        num_beams=beams if decoding == BEAMS else 1,
-        temperature=temperature if decoding in (SAMPLED, BEST_OF) else 0.0,
-        top_p=top_p,
-        candidates=candidates if decoding == BEST_OF else 1,
-        max_new_tokens=tokens,
-    )
-
-
 def _table(rows: list[tuple[str, str]]) -> str:
     """An HTML table of names and values, the summary in bold."""
     cells = (
@@ -235,6 +193,18 @@ def _table(rows: list[tuple[str, str]]) -> str:
         for name, value in rows
     )
     return f"<table class='elm-card'>{''.join(cells)}</table>"
+
+
+def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
+    """The run that saved its adapter last, and its data, of several runs (folder -> data folder).
+
+    Raises FileNotFoundError where none has an adapter.
+    """
+    saved = {Path(run, BEST).stat().st_mtime: run for run in runs if Path(run, BEST).is_file()}
+    if not saved:
+        raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
+    newest = saved[max(saved)]
+    return newest, runs[newest]
 
 
 def interpolate(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
@@ -261,39 +231,31 @@ def _with_length(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
     return (vector * (length / norm) if norm else vector).astype(np.float32)
 
 
-def read_vector(source: Path | str, row: int = 0) -> np.ndarray:
-    """Row `row` (dim,) of a file: .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON.
+def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
+    """A vector (dim,) of what a person typed: numbers between spaces or commas, or row `row` of a file.
 
-    Raises FileNotFoundError for no such file, and ValueError for another format or a row that the file does not have.
+    A file is .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises FileNotFoundError for
+    no such file, and ValueError for text that is no vector or a row that the file does not have.
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
+    text = str(text).strip()
+    typed, path = text.lstrip("[-+. ")[:1].isdigit(), Path(text).expanduser()
+    if not typed and not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a vector as .safetensors, .npy, or as numbers")
-    if path.suffix == ".safetensors":
+    if not typed and path.suffix == ".safetensors":
         with EmbeddingFile(path) as file:
             rows = file.rows(0, file.num_rows)
-    elif path.suffix == ".npy":
-        rows = np.load(path, allow_pickle=False)
+    elif not typed and path.suffix == ".npy":
+        rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
     else:
-        rows = parse_vector(path.read_text(encoding="utf-8"), str(path))
-    rows = np.atleast_2d(rows).astype(np.float32)
+        numbers = (text if typed else path.read_text(encoding="utf-8")).replace(",", " ").strip(" \n[]").split()
+        try:
+            rows = np.array([numbers], np.float32)
+        except ValueError as error:
+            name = "the text" if typed else path
+            raise ValueError(f"{name} is no vector: {error}; expected numbers between spaces or commas") from error
     if not 0 <= row < len(rows):
         raise ValueError(f"{path} has {len(rows)} vectors; there is no row {row}")
     return rows[row]
-
-
-def parse_vector(text: str, origin: str = "the text") -> np.ndarray:
-    """A vector (dim,) of numbers between spaces or commas, in brackets or not; ValueError for anything else."""
-    try:
-        return np.array([float(number) for number in text.replace(",", " ").strip().strip("[]").split()], np.float32)
-    except ValueError as error:
-        raise ValueError(f"{origin} is no vector: {error}; expected numbers between spaces or commas") from error
-
-
-def path_or_numbers(text: str, row: int = 0) -> np.ndarray:
-    """A vector (dim,) of what a person typed: numbers, or the path of a file; raises as `read_vector` does."""
-    numbers = text.strip().lstrip("[-+. ")[:1].isdigit()
-    return parse_vector(text) if numbers else read_vector(text.strip(), row)
 
 
 def project(vectors: np.ndarray) -> np.ndarray:

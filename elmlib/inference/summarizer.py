@@ -1,12 +1,12 @@
 """The public `Elm`: three lines from a text to its summary; saved, loaded and shared as models are."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from elmlib.data.dataset import PromptBatch
 from elmlib.data.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.data.records import check_rows, write_json
 from elmlib.evaluation.baselines import rerank
-from elmlib.evaluation.report import score_rows
+from elmlib.evaluation.report import score_frame
 from elmlib.models.adapter import BEST, AdapterFile, load_adapter, save_adapter
 from elmlib.models.elm import Sampling, SoftTokenModel, build_model
 from elmlib.models.pretrained import default_device, encode, load_embedder, public_name, revision_of
@@ -26,15 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _ABOUT = "config.json"
-_BATCH = 64  # vectors summarised at once
-
-
-class ModelId(NamedTuple):
-    """A pretrained model that an adapter was trained with."""
-
-    name: str
-    revision: str
-    """The hub's commit or the wheel's version; empty for a folder, which has none."""
+_BATCH = 64  # texts embedded, and vectors summarised, at once
 
 
 class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "soft-tokens"]):
@@ -46,17 +38,14 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
     """
 
     def __init__(
-        self,
-        model: SoftTokenModel,
-        file: AdapterFile,
-        llm: ModelId,
-        embedder: ModelId,
-        metrics: Mapping[str, Any],
-        device: torch.device,
+        self, model: SoftTokenModel, file: AdapterFile, embedder_name: str, device: torch.device, about: dict[str, Any]
     ):
-        self.model, self.file, self.device = model, file, device
-        self.llm_id, self.embedder_id = llm, embedder
-        self.metrics = dict(metrics)
+        """`about`: what `save_pretrained` writes into config.json, or nothing.
+
+        Its revisions are commits of the hub, versions of wheels, or empty for folders.
+        """
+        self.model, self.file, self.embedder_name, self.device, self.about = model, file, embedder_name, device, about
+        self.metrics: dict[str, Any] = about.get("metrics", {})
 
     @classmethod
     def from_pretrained(
@@ -75,29 +64,32 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         Raises FileNotFoundError for a file or model that does not exist, and ValueError, naming both, for an LLM,
         embedder or revision other than the adapter was trained with.
         """
-        path = Path(pretrained_model_name_or_path).expanduser()
+        name = str(pretrained_model_name_or_path)
+        path = Path(name).expanduser()
         if not path.exists():
-            path = _download(str(pretrained_model_name_or_path), **kwargs)
+            try:
+                path = Path(snapshot_download(name, allow_patterns=[BEST, _ABOUT], **kwargs))
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+                raise FileNotFoundError(
+                    f"no adapter {name!r}: there is no such folder or file, and the hub gave none ({error}); "
+                    "`make demo` trains papermill_runs/demo"
+                ) from error
         path = path / BEST if path.is_dir() else path
         file, about = load_adapter(path), _read_about(path.parent)
-        llm = ModelId(file.config.llm_model_name, about.get("llm_revision", ""))
-        embedder = ModelId(file.config.embedding_model_name, about.get("embedding_revision", ""))
+        llm = _same_model(path, "LLM", file.config.llm_model_name, llm_model)
+        embedder = _same_model(path, "embedder", file.config.embedding_model_name, embedding_model)
         device = torch.device(device) if device else default_device()
-        config = replace(
-            file.config,
-            llm_model_name=_same_model(path, "LLM", llm.name, llm_model),
-            embedding_model_name=_same_model(path, "embedder", embedder.name, embedding_model),
-        )
-        model = build_model(config, device, file.weights, llm.revision, origin=str(path))
-        return cls(model, file._replace(config=config), llm, embedder, about.get("metrics", {}), device)
+        config = replace(file.config, llm_model_name=llm)
+        model = build_model(config, device, file.weights, about.get("llm_revision", ""), origin=str(path))
+        return cls(model, file, embedder, device, about)
 
     @cached_property
     def embedder(self) -> "SentenceTransformer":
         """The text embedder, loaded when it is first used; ValueError for one of another size."""
-        name, size = self.file.config.embedding_model_name, self.file.config.embedding_dim
-        embedder = load_embedder(name, self.device, self.embedder_id.revision)
+        size = self.file.config.embedding_dim
+        embedder = load_embedder(self.embedder_name, self.device, self.about.get("embedding_revision", ""))
         if (own := embedder.get_embedding_dimension()) != size:
-            raise ValueError(f"{name} makes vectors of size {own}; the adapter reads {size}")
+            raise ValueError(f"{self.embedder_name} makes vectors of size {own}; the adapter reads {size}")
         return embedder
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -110,17 +102,18 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         max_new_tokens: int = 0,
         sampling: Sampling | None = None,
         task: str = "summary",
+        batch_size: int = _BATCH,
     ) -> list[str]:
         """One summary for each of `vectors` (n, embedding_dim), of any float type and device, by greedy decoding.
 
         `max_new_tokens` 0 uses the training's. With `sampling`, that many candidates are drawn and the one whose
-        re-embedding is nearest to the vector is kept. Raises ValueError for vectors of another size and, with its
-        number, for a row that is zero or not finite.
+        re-embedding is nearest to the vector is kept. `task` is a task's name or a prompt template with `{text}`.
+        Raises ValueError for vectors of another size and, with its number, for a row that is zero or not finite.
         """
         length = max_new_tokens or self.file.config.max_new_tokens
         rows, texts = self.check_vectors(vectors), list[str]()
-        for start in range(0, len(rows), _BATCH):
-            part = rows[start : start + _BATCH]
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
             batch = self.batch(part, task)
             if sampling is None:
                 texts += self.model.generate(batch, length)
@@ -133,33 +126,29 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         rows = torch.as_tensor(vectors).detach().float().cpu().numpy()
         size = self.file.config.embedding_dim
         if rows.ndim != 2 or rows.shape[1] != size:
-            raise ValueError(
-                f"vectors of shape {rows.shape}; this adapter reads (n, {size}), of {self.embedder_id.name}"
-            )
+            name = self.file.config.embedding_model_name
+            raise ValueError(f"vectors of shape {rows.shape}; this adapter reads (n, {size}), of {name}")
         check_rows(rows, range(len(rows)))
         return rows
 
     def batch(self, vectors: np.ndarray | torch.Tensor, task: str = "summary") -> PromptBatch:
         """Vectors (n, embedding_dim) under the prompt of `task`; raises ValueError as `summarize` does."""
         rows = torch.from_numpy(self.check_vectors(vectors))
-        return PromptBatch(rows, prompt_ids(self.model.tokenizer, TASK_TEMPLATES[task])).to(self.device)
+        return PromptBatch(rows, prompt_ids(self.model.tokenizer, TASK_TEMPLATES.get(task, task))).to(self.device)
 
     def mean_vector(self) -> np.ndarray:
         """(embedding_dim,): the mean of the vectors that the adapter was trained on."""
         return self.model.adapter.mean.cpu().numpy()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = replace(
-            self.file.config,
-            llm_model_name=public_name(self.llm_id.name),
-            embedding_model_name=public_name(self.embedder_id.name),
-        )
-        save_adapter(save_directory / BEST, self.model.adapter, config, self.file.step, self.file.data_fingerprint)
+        file, llm, embedder = self.file, self.file.config.llm_model_name, self.file.config.embedding_model_name
+        config = replace(file.config, llm_model_name=public_name(llm), embedding_model_name=public_name(embedder))
+        save_adapter(save_directory / BEST, self.model.adapter, config, file.step, file.data_fingerprint)
         about = {
             "llm": config.llm_model_name,
-            "llm_revision": self.llm_id.revision or revision_of(self.llm_id.name),
+            "llm_revision": self.about.get("llm_revision") or revision_of(llm),
             "embedding_model": config.embedding_model_name,
-            "embedding_revision": self.embedder_id.revision or revision_of(self.embedder_id.name),
+            "embedding_revision": self.about.get("embedding_revision") or revision_of(embedder),
             "embedding_dim": config.embedding_dim,
             "elmlib": version("elmlib"),
             "metrics": self.metrics,
@@ -174,40 +163,24 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README of the adapter: its two models, how to use it, and its scores beside the shuffled control."""
         config = self.file.config
-        llm, embedder = public_name(self.llm_id.name), public_name(self.embedder_id.name)
-        data = ModelCardData(library_name="elmlib", tags=self._hub_mixin_info.model_card_data.tags)
-        rows = "\n".join(
-            f"| {label} | {true:.3f} | {shuffled:.3f} | {true - shuffled:+.3f} |"
-            for label, true, shuffled in score_rows(self.metrics)
-        )
-        scores = (
-            f"Validation, {config.eval_samples} summaries; *shuffled* is the control: the same scoring, each text's "
-            f"embedding replaced by another text's.\n\n| | true | shuffled | difference |\n|---|---:|---:|---:|\n{rows}"
-            if rows
-            else "No scores were saved with this adapter."
-        )
+        llm, embedder = public_name(config.llm_model_name), public_name(config.embedding_model_name)
+        header = ModelCardData(library_name="elmlib", tags=self._hub_mixin_info.model_card_data.tags).to_yaml()
+        rows = score_frame(self.metrics).dropna().itertuples()
+        table = "".join(f"| {name} | {a:.3f} | {b:.3f} | {difference:+.3f} |\n" for name, a, b, difference in rows)
+        scores = "No scores were saved with this adapter.\n"
+        if table:
+            head = "| | true | shuffled | difference |\n|---|---:|---:|---:|\n"
+            control = "*shuffled* is the control: the same scoring, each text's embedding replaced by another text's"
+            scores = f"Validation, {config.eval_samples} summaries; {control}.\n\n{head}{table}"
         return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# An adapter that lets {llm} read vectors of {embedder}\n\n"
+            f"---\n{header}\n---\n\n# An adapter that lets {llm} read vectors of {embedder}\n\n"
             f"It turns one embedding of size {config.embedding_dim} into {config.num_soft_tokens} soft tokens of the "
-            f"frozen LLM, which writes a summary of the text behind the vector. This is the adapter alone: it works "
-            f"with these two models and no other.\n\n"
+            "frozen LLM, which writes a summary of the text behind the vector. No other models go with it.\n\n"
             '```python\nfrom elmlib import Elm\n\nelm = Elm.from_pretrained("this repository or folder")\n'
-            'vectors = elm.embed(["Some text."])\nelm.summarize(vectors)\n```\n\n'
-            f"## Scores\n\n{scores}\n\n"
-            f"## Training\n\n{self.file.step} optimizer steps, data {self.file.data_fingerprint}, seed {config.seed}, "
-            f"learning rate {config.learning_rate:g}, batch size {config.batch_size} x "
-            f"{config.gradient_accumulation_steps}.\n"
+            f'elm.summarize(elm.embed(["Some text."]))\n```\n\n## Scores\n\n{scores}\n## Training\n\n'
+            f"{self.file.step} optimizer steps, data {self.file.data_fingerprint}, seed {config.seed}, learning rate "
+            f"{config.learning_rate:g}, batch size {config.batch_size} x {config.gradient_accumulation_steps}.\n"
         )
-
-
-def _download(hub_id: str, **kwargs: Any) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[BEST, _ABOUT], **kwargs))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"no adapter {hub_id!r}: there is no such folder or file, and the hub gave none ({error}); `make demo` "
-            "trains papermill_runs/demo"
-        ) from error
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -220,10 +193,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _same_model(path: Path, kind: str, trained: str, wanted: str) -> str:
     """`wanted`, or the name that the adapter was trained with; both must mean the same model."""
-    if wanted and _last_part(wanted) != _last_part(trained):
+    last, other = (public_name(name).rpartition("/")[2].lower() for name in (trained, wanted or trained))
+    if last != other:
         raise ValueError(f"{path} was trained with the {kind} {trained}; {wanted} is another")
     return wanted or trained
-
-
-def _last_part(name: str) -> str:
-    return public_name(name).rpartition("/")[2].lower()

@@ -42,17 +42,17 @@ class Validation(NamedTuple):
 
     def values(self) -> dict[str, float]:
         """All figures, flat."""
-        found = self.identification.among(POOL)
+        found = self.identification.figures(POOL)
         return (
             {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled}
-            | self.scores.to_dict()
-            | {f"identification_{name}": getattr(found, name) for name in ("top_1", "top_5", "mrr", "chance")}
+            | self.scores.metrics
+            | {f"identification_{name}": found[name] for name in ("top_1", "top_5", "mrr", "chance")}
             | {"drift_correlation": correlation(self.predicted_similarity, self.scores.drift)}
         )
 
     def write_predictions(self, path: Path, split: SummaryDataset) -> None:
         """One JSON line a summary, beside its reference in `split`, with its own scores."""
-        columns = {f"bertscore_{name}": values for name, values in self.scores.scores._asdict().items()}
+        columns = {f"bertscore_{name}": values for name, values in self.scores.pairs._asdict().items()}
         columns |= {"drift_similarity": self.scores.drift, "predicted_similarity": self.predicted_similarity}
         columns |= {"rank": self.identification.ranks}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:

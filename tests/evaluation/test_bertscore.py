@@ -184,7 +184,7 @@ def test_a_local_deberta_is_scored(tmp_path, name):
     assert evaluator.encoder_id == (str(folder), name, 2)
     scores = evaluator.score_pairs(["cat sat", "", "word " * 2000], ["the cat sat", "x", "a dog"])
     assert all(np.isfinite(values).all() and values[1] == 0 and values[0] > 0.3 for values in scores)
-    encoder = evaluator._encoder.model
+    encoder = evaluator._encoder[0]
     assert encoder.dtype == torch.float32 and not encoder.training  # stored in half precision
     plain = save_deberta(tmp_path / "plain")
     expected = BERTScoreEvaluator(str(plain), device="cpu").score_pairs(["cat sat"], ["the cat sat"])
@@ -196,8 +196,8 @@ def test_what_is_kept_on_disk_is_not_encoded_again_and_gives_the_same_bits(monke
     kept = BERTScoreEvaluator(batch_size=2, device="cpu", baseline_texts=REFERENCES, keep=True)
     expected = plain.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True)
     assert kept.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True) == expected
-    encoded, encode = [], bertscore.encode
-    monkeypatch.setattr(bertscore, "encode", lambda texts, encoder: encoded.append(texts) or encode(texts, encoder))
+    encoded, encode = [], BERTScoreEvaluator._encode
+    monkeypatch.setattr(BERTScoreEvaluator, "_encode", lambda self, texts: encoded.append(texts) or encode(self, texts))
     again = BERTScoreEvaluator(batch_size=2, device="cpu", baseline_texts=REFERENCES, keep=True)
     assert again.evaluate_batch(PREDICTIONS, REFERENCES, return_detailed=True) == expected
     assert [set(texts) for texts in encoded] == [{text for text in PREDICTIONS if text.strip()}]  # no reference
@@ -221,7 +221,7 @@ def test_roberta_reads_the_first_word_as_a_word(tmp_path):
     )
     RobertaModel(config).save_pretrained(tmp_path)
     evaluator = BERTScoreEvaluator(str(tmp_path), device="cpu")
-    loaded = evaluator._encoder.tokenizer
+    loaded = evaluator._encoder[1]
     assert loaded.tokenize("cat sat") == ["Ġcat", "Ġsat"]
     assert loaded.model_max_length == 512
     assert np.isfinite(evaluator.score_pairs(["cat " * 2000], ["the cat"]).f1).all()

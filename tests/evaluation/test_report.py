@@ -14,7 +14,7 @@ from elmlib.data.dataset import SummaryDataset
 from elmlib.data.prompts import PromptIds
 from elmlib.data.records import Record
 from elmlib.evaluation.baselines import Baseline
-from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, BERTScores
+from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, BERTScores, Identification
 from elmlib.evaluation.report import (
     Report,
     examples_frame,
@@ -38,23 +38,28 @@ def card(trained_run: Path, small_data: Path) -> Report:
 
 
 def test_a_scorecard_holds_every_system_on_the_same_samples(card: Report) -> None:
-    names = [system.name for system in card.systems]
+    names, written = list(card.frame.index), summaries(card)
     assert names[:2] == [TRUE, SHUFFLED] and COPY in names and names[-1] == "best of 3 candidates"
     assert {"mean embedding", "no training", "LLM reads the text", "first sentence"} < set(names)
-    assert {len(system.predictions) for system in card.systems} == {24}
-    assert sorted(card[TRUE].predictions) == sorted(card[SHUFFLED].predictions)
-    assert len(set(card["mean embedding"].predictions)) == 1
-    frame = card.to_frame()
-    assert list(frame.index) == names
-    assert frame.loc[TRUE, "bertscore_f1"] == pytest.approx(card[TRUE].f1.mean())
+    assert list(written) == names and {len(texts) for texts in written.values()} == {24}
+    assert sorted(written[TRUE]) == sorted(written[SHUFFLED])
+    assert len(set(written["mean embedding"])) == 1
+    frame = card.frame
+    f1 = [text["bertscore_f1"][TRUE] for text in card.texts]
+    assert frame.loc[TRUE, "bertscore_f1"] == pytest.approx(np.mean(f1))
     assert (frame["bertscore_f1_low"] <= frame["bertscore_f1"]).all()
-    assert card[TRUE].p_value == 1.0 and 0 < card[COPY].p_value <= 1
-    assert card[COPY].p_copy == 1.0 and card[TRUE].p_copy == card[COPY].p_value
+    assert frame.p_value[TRUE] == 1.0 and 0 < frame.p_value[COPY] <= 1
+    assert frame.p_copy[COPY] == 1.0 and frame.p_copy[TRUE] == frame.p_value[COPY]
     text = card.display_frame().to_string()
     assert all(name in text for name in names) and "chance, 1 of 24" in text and "top-1 of 24" in text
     # The split has no more sources than a pool, so that both are the same.
     assert (frame["reference_mrr"] == frame["reference_all_mrr"]).all()
     assert (frame["source_mrr"] == frame["source_all_mrr"]).all()
+
+
+def summaries(card: Report) -> dict[str, list[str]]:
+    """The summaries of each system."""
+    return {name: [text["summaries"][name] for text in card.texts] for name in card.frame.index}
 
 
 def make_dataset(references: list[str], embeddings: np.ndarray, sources: list[str]) -> SummaryDataset:
@@ -100,18 +105,17 @@ def test_a_scorecard_ranks_in_pools_and_among_the_whole_split(monkeypatch: pytes
     assert embedded[0] == references and len(embedded) == 3  # the split's references once, then each system's own
     given = np.stack([vectors[text] if text else np.zeros(6) for text in predictions])
     pool = np.stack([vectors[text] for text in references])
-    found = card["adapter"]
+    frame = card.frame
     for part, targets in (("reference", pool), ("source", embeddings)):
-        every = getattr(found, f"by_{part}")
-        assert every.ranks.tolist() == naive_ranks(given, targets, sources, rows)
-        assert every.num_sources == every.pool == 15
-    assert card["copy"].by_reference.top_1 == 1.0
-    assert found.f1.tolist() == [1, 0, 0, 0, 0]
-    assert np.isnan(found.p_copy)  # no system is named as the copy
-    frame = card.to_frame()
+        naive = Identification(np.array(naive_ranks(given, targets, sources, rows)), 15)
+        for name, figures in ((part, naive.figures(6)), (f"{part}_all", naive.figures())):
+            row = frame.loc["adapter", [f"{name}_{figure}" for figure in figures]].tolist()
+            assert row == list(figures.values())
+    assert frame.loc["copy", "reference_all_top_1"] == 1.0
+    assert [text["bertscore_f1"]["adapter"] for text in card.texts] == [1, 0, 0, 0, 0]
+    assert np.isnan(frame.p_copy["adapter"])  # no system is named as the copy
     assert frame.loc["adapter", "reference_all_chance"] == pytest.approx(1 / 15)
-    assert frame.loc["adapter", "source_all_top_1"] == found.by_source.top_1
-    assert frame.loc["adapter", "source_top_1"] == found.by_source.among(6).top_1 > found.by_source.top_1
+    assert frame.loc["adapter", "source_top_1"] > frame.loc["adapter", "source_all_top_1"]
     shown = card.display_frame()
     assert shown.loc["chance, 1 of 6", "top-1 of 15"] == "0.067"
 
@@ -129,9 +133,9 @@ def test_write_texts_holds_every_summary_beside_its_reference(card: Report, tmp_
     path = tmp_path / "texts.jsonl"
     card.write_texts(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["summaries"][TRUE] for line in lines] == list(card[TRUE].predictions)
-    assert [line["bertscore_f1"][COPY] for line in lines] == card[COPY].f1.tolist()
+    assert lines == card.texts
     assert all(line["reference"] and line["source_id"] for line in lines)
+    assert lines[0]["summaries"].keys() == lines[0]["bertscore_f1"].keys() == set(card.frame.index)
 
 
 def test_a_constant_adapter_scores_as_the_mean_embedding(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
@@ -149,9 +153,10 @@ def test_a_constant_adapter_scores_as_the_mean_embedding(tiny_config: SummaryTra
     constant = tmp_path / "constant.safetensors"
     save_adapter(constant, adapter, file.config, file.step, file.data_fingerprint)
     card = score_checkpoint(constant, tiny_config.summary_data_path, "val", 0, None, CPU)
-    assert card[TRUE].predictions == card["mean embedding"].predictions == card[SHUFFLED].predictions
-    assert card[TRUE].composite == card["mean embedding"].composite
-    assert card[SHUFFLED].p_value == 1.0
+    written, frame = summaries(card), card.frame
+    assert written[TRUE] == written["mean embedding"] == written[SHUFFLED]
+    assert frame.bertscore_composite[TRUE] == frame.bertscore_composite["mean embedding"]
+    assert frame.p_value[SHUFFLED] == 1.0
 
 
 def test_reports_of_two_training_seeds_are_of_the_same_texts(
@@ -161,10 +166,8 @@ def test_reports_of_two_training_seeds_are_of_the_same_texts(
     small = replace(tiny_config, max_epochs=1, seed=1)
     first = train(small).best
     second = train(replace(small, seed=2, checkpoint_dir=str(tmp_path / "second"))).best
-    written = [
-        score_checkpoint(path, data, "test", 8, None, CPU)["first sentence"].predictions for path in (first, second)
-    ]
-    assert written[0] == written[1]
+    cards = [score_checkpoint(path, data, "test", 8, None, CPU) for path in (first, second)]
+    assert summaries(cards[0])["first sentence"] == summaries(cards[1])["first sentence"]
 
 
 def test_adapters_stand_beside_each_other_as_they_stand_alone(
@@ -175,10 +178,11 @@ def test_adapters_stand_beside_each_other_as_they_stand_alone(
     other = replace(small, hidden_dim=16, seed=1, checkpoint_dir=str(tmp_path / "other"))
     files = {"first": train(small).best, "second": train(other).best}
     card = score_adapters(files, data, "test", 0, CPU)
-    assert [system.name for system in card.systems] == ["first", SHUFFLED, "second"]
+    assert list(card.frame.index) == ["first", SHUFFLED, "second"]
     for name, path in files.items():
-        alone = score_checkpoint(path, data, "test", 0, None, CPU)[TRUE]
-        assert card[name].predictions == alone.predictions and (card[name].f1 == alone.f1).all()
+        alone = score_checkpoint(path, data, "test", 0, None, CPU)
+        assert summaries(card)[name] == summaries(alone)[TRUE]
+        assert card.frame.bertscore_f1[name] == alone.frame.bertscore_f1[TRUE]
     elsewhere = replace(small, soft_token_position="in_prompt", checkpoint_dir=str(tmp_path / "elsewhere"))
     files["third"] = train(elsewhere).best
     with pytest.raises(ValueError, match=r"elsewhere.*has soft_token_position 'in_prompt', .* 'before_answer'"):

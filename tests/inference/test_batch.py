@@ -122,7 +122,10 @@ def test_read_pairs_checks_each_line(records: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1: made from embedding 23"):
         read_pairs(path, records)
     path.write_text("".join(json.dumps({"embedding_index": i}) + "\n" for i in range(24)))
-    with pytest.raises(ValueError, match="line 1: expected a JSON object with the text field 'prediction'"):
+    with pytest.raises(ValueError, match="line 1 has no 'prediction'"):
+        read_pairs(path, records)
+    path.write_text("".join(json.dumps(line | {"prediction": None}) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="line 1: the prediction is None, not a text"):
         read_pairs(path, records)
 
 

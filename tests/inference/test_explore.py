@@ -1,5 +1,6 @@
-"""Questions to an adapter: arithmetic of vectors, files of vectors, summaries with their controls, and cards."""
+"""Questions to an adapter: arithmetic of vectors, files of vectors, summaries with their controls, and explorer."""
 
+import inspect
 import itertools
 import json
 import os
@@ -18,37 +19,27 @@ from elmlib.inference.explore import (
     BEAMS,
     BEST_OF,
     SAMPLED,
-    Cards,
-    Decoding,
     Explorer,
     Question,
     add_direction,
-    choose_decoding,
     interpolate,
     mean_vector,
     newest_run,
-    parse_vector,
-    path_or_numbers,
     project,
     read_vector,
 )
 from elmlib.inference.summarizer import Elm
 from elmlib.models import Sampling
 
-SHORT = Decoding(max_new_tokens=6)
+SHORT = {"tokens": 6}
 
 
 @pytest.fixture(scope="module")
 def explorer(trained_run: Path, small_data: Path) -> Explorer:
-    return Explorer(Elm.from_pretrained(trained_run), small_data)
-
-
-@pytest.fixture(scope="module")
-def cards(explorer: Explorer) -> Cards:
-    cards = Cards(explorer)
-    cards.decoding.children[1].value = 6
-    assert cards.decoding.result == SHORT
-    return cards
+    explorer = Explorer(Elm.from_pretrained(trained_run), small_data)
+    explorer.decoding.children[1].value = 6
+    assert explorer.decoding.kwargs["tokens"] == 6
+    return explorer
 
 
 A, B = np.array([3.0, 0.0, 0.0], np.float32), np.array([0.0, 3.0, 0.0], np.float32)
@@ -76,7 +67,7 @@ def test_mean_vector_is_between_all_at_their_mean_length() -> None:
         mean_vector(np.zeros((0, 3), np.float32))
 
 
-def test_read_vector_and_parse_vector_read_files_and_numbers(tmp_path: Path) -> None:
+def test_read_vector_reads_files_and_numbers(tmp_path: Path) -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     save_file({"embeddings": rows}, tmp_path / "v.safetensors")
     np.save(tmp_path / "v.npy", rows)
@@ -84,13 +75,16 @@ def test_read_vector_and_parse_vector_read_files_and_numbers(tmp_path: Path) -> 
     (tmp_path / "v.txt").write_text("3 4\n5\n")
     for name, row in (("v.safetensors", 1), ("v.npy", 1), ("v.json", 0), ("v.txt", 0)):
         np.testing.assert_array_equal(read_vector(tmp_path / name, row), rows[1])
-    np.testing.assert_array_equal(parse_vector(" [3.0, 4, 5e0] "), rows[1])
-    np.testing.assert_array_equal(path_or_numbers(f" {tmp_path / 'v.npy'} ", 1), rows[1])
-    np.testing.assert_array_equal(path_or_numbers("[-3.0, 4, 5e0]"), [-3, 4, 5])
+    np.testing.assert_array_equal(read_vector(" [3.0, 4, 5e0] "), rows[1])
+    np.testing.assert_array_equal(read_vector(f" {tmp_path / 'v.npy'} ", 1), rows[1])
+    np.testing.assert_array_equal(read_vector("[-3.0, 4, 5e0]"), [-3, 4, 5])
     with pytest.raises(ValueError, match="has 2 vectors; there is no row 2"):
         read_vector(tmp_path / "v.npy", 2)
     with pytest.raises(ValueError, match="is no vector: could not convert"):
-        parse_vector("one, two")
+        read_vector("1, two")
+    (tmp_path / "words.txt").write_text("one, two")
+    with pytest.raises(ValueError, match=r"words\.txt is no vector: could not convert"):
+        read_vector(tmp_path / "words.txt")
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.npy"):
         read_vector(tmp_path / "nowhere.npy")
 
@@ -110,33 +104,26 @@ def test_newest_run_is_the_last_saved(tmp_path: Path) -> None:
 
 def test_stream_grows_token_by_token_to_the_summary(explorer: Explorer) -> None:
     vector = explorer.vectors[0]
-    grown = list(explorer.stream(vector, SHORT))
-    assert grown[-1] == explorer.summarize(vector, SHORT) == explorer.elm.summarize(vector[None], 6)[0]
+    grown = list(explorer.stream(vector, **SHORT))
+    assert grown[-1] == explorer.summarize(vector, **SHORT) == explorer.elm.summarize(vector[None], 6)[0]
     assert len(grown) > 1 and all(len(a) <= len(b) + 1 for a, b in itertools.pairwise(grown))
 
 
 def test_summarize_decodes_as_the_decoding_says(explorer: Explorer) -> None:
     vector, model = explorer.vectors[1], explorer.elm.model
     batch = explorer.elm.batch(vector[None])
-    assert explorer.summarize(vector, Decoding(num_beams=3, max_new_tokens=6)) == model.search_beams(batch, 6, 3)[0]
+    assert explorer.summarize(vector, decoding=BEAMS, beams=3, tokens=6) == model.search_beams(batch, 6, 3)[0]
     assert model.search_beams(batch, 6, 1) == model.generate(batch, 6)
-    sampled = Decoding(temperature=1.5, candidates=4, max_new_tokens=6)
-    sampling = Sampling(4, 1.5, sampled.top_p, sampled.seed)
-    assert explorer.summarize(vector, sampled) == explorer.elm.summarize(vector[None], 6, sampling)[0]
+    drawn = explorer.summarize(vector, decoding=BEST_OF, temperature=1.5, candidates=4, tokens=6)
+    assert drawn == explorer.elm.summarize(vector[None], 6, Sampling(4, 1.5))[0]
+    sampled = explorer.summarize(vector, decoding=SAMPLED, temperature=1.5, candidates=4, tokens=6)
+    assert sampled == model.candidates(batch, 6, Sampling(1, 1.5))[0][0]
 
 
-def test_decoding_refuses_settings_that_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="candidates are sampled"):
-        Decoding(candidates=4)
-    with pytest.raises(ValueError, match="beam search takes the best"):
-        Decoding(num_beams=2, temperature=1.0)
-
-
-def test_choose_decoding_takes_only_what_its_method_needs() -> None:
-    assert choose_decoding() == Decoding()
-    assert choose_decoding(BEAMS, beams=3) == Decoding(num_beams=3)
-    assert choose_decoding(SAMPLED, temperature=0.5) == Decoding(temperature=0.5)
-    assert choose_decoding(BEST_OF, candidates=5) == Decoding(temperature=0.7, candidates=5)
+def test_the_controls_of_decoding_start_at_the_defaults_of_stream(explorer: Explorer) -> None:
+    settings = inspect.signature(explorer.stream).parameters
+    defaults = {name: setting.default for name, setting in settings.items() if name != "vector"}
+    assert explorer.decoding.kwargs == defaults | SHORT
 
 
 def test_neighbours_are_those_of_the_naive_loop(explorer: Explorer) -> None:
@@ -153,7 +140,7 @@ def test_similarity_is_one_for_the_own_text_and_zero_for_none(explorer: Explorer
     text = explorer.val.records[0].source_text
     assert explorer.similarity(text, explorer.vectors[0]) == pytest.approx(1.0, abs=1e-3)
     assert explorer.similarity(" ", explorer.vectors[0]) == 0.0
-    assert len(explorer.labels()) == len(explorer.vectors)
+    assert len(explorer.texts().options) == len(explorer.vectors)
 
 
 def test_question_has_the_vector_of_another_group_as_control(
@@ -182,11 +169,11 @@ def test_question_has_another_source_as_control_where_all_are_of_one_group(explo
 
 def test_answer_compares_the_summary_with_its_controls(explorer: Explorer) -> None:
     question = explorer.question(0)
-    *_, rows = explorer.answer(question, SHORT)
+    *_, rows = explorer.answer(question, **SHORT)
     values = dict(rows)
-    assert values["summary"] == explorer.summarize(question.vector, SHORT)
-    assert values["from another text's vector"] == explorer.summarize(explorer.vectors[explorer.swap[0]], SHORT)
-    assert values["from the mean vector"] == explorer.summarize(explorer.elm.mean_vector(), SHORT)
+    assert values["summary"] == explorer.summarize(question.vector, **SHORT)
+    assert values["from another text's vector"] == explorer.summarize(explorer.vectors[explorer.swap[0]], **SHORT)
+    assert values["from the mean vector"] == explorer.summarize(explorer.elm.mean_vector(), **SHORT)
     assert (values["reference"], values["text"]) == (question.reference, question.text)
     assert values["similarity"].startswith(f"{explorer.similarity(values['summary'], question.vector):.3f}")
     assert sum(name.startswith("near: ") for name, _ in rows) == 3
@@ -202,43 +189,43 @@ def one(widget: ipw.Widget, kind: type[ipw.Widget], number: int = 0) -> ipw.Widg
     return [part for part in parts(widget) if type(part) is kind][number]
 
 
-def test_card_follows_a_chosen_text(cards: Cards) -> None:
-    card = cards.card(cards.explorer.question, row=cards.texts())
+def test_card_follows_a_chosen_text(explorer: Explorer) -> None:
+    card = explorer.card(explorer.question, row=explorer.texts())
     one(card, ipw.Dropdown).value = 3
-    *_, rows = cards.explorer.answer(cards.explorer.question(3), SHORT)
+    *_, rows = explorer.answer(explorer.question(3), **SHORT)
     html = one(card, ipw.HTML).value
     assert "elm-card" in html and all(escape(value) in html for _, value in rows)
 
 
-def test_card_follows_a_slider(cards: Cards) -> None:
-    vectors = cards.explorer.vectors
-    card = cards.card(lambda share: interpolate(*vectors[:2], share), share=(0.0, 1.0, 0.1))
+def test_card_follows_a_slider(explorer: Explorer) -> None:
+    vectors = explorer.vectors
+    card = explorer.card(lambda share: interpolate(*vectors[:2], share), share=(0.0, 1.0, 0.1))
     slider, html = one(card, ipw.FloatSlider), one(card, ipw.HTML)
     assert not slider.continuous_update
     for share in (0.0, 1.0):
         slider.value = share
         vector = interpolate(vectors[0], vectors[1], share)
-        assert escape(cards.explorer.summarize(vector, SHORT)) in html.value
-        assert f"near: {cards.explorer.neighbours(vector)['similarity'][0]:.3f}" in html.value
+        assert escape(explorer.summarize(vector, **SHORT)) in html.value
+        assert f"near: {explorer.neighbours(vector)['similarity'][0]:.3f}" in html.value
 
 
-def test_card_with_a_button_summarises_a_typed_text(cards: Cards) -> None:
-    card = cards.card(cards.explorer.text_question, button="Summarise", text=ipw.Textarea())
+def test_card_with_a_button_summarises_a_typed_text(explorer: Explorer) -> None:
+    card = explorer.card(explorer.text_question, button="Summarise", text=ipw.Textarea())
     assert not one(card, ipw.HTML).value
     one(card, ipw.Textarea).value = text = "A <new> text of my own."
     one(card, ipw.Button).click()
-    vector = cards.explorer.elm.embed([text])[0]
+    vector = explorer.elm.embed([text])[0]
     html = one(card, ipw.HTML).value
-    assert escape(cards.explorer.summarize(vector, SHORT)) in html and "A &lt;new&gt; text" in html
+    assert escape(explorer.summarize(vector, **SHORT)) in html and "A &lt;new&gt; text" in html
     assert "from another text&#x27;s vector" in html
 
 
-def test_card_shows_a_typed_vector_or_one_line_of_error(cards: Cards, tmp_path: Path) -> None:
-    card = cards.card(path_or_numbers, button="Summarise", text=ipw.Textarea(), row=ipw.IntText(0))
-    vector = cards.explorer.vectors[4]
+def test_card_shows_a_typed_vector_or_one_line_of_error(explorer: Explorer, tmp_path: Path) -> None:
+    card = explorer.card(read_vector, button="Summarise", text=ipw.Textarea(), row=ipw.IntText(0))
+    vector = explorer.vectors[4]
     path = tmp_path / "vector.json"
     path.write_text(json.dumps(vector.tolist()))
-    summary = escape(cards.explorer.summarize(vector, SHORT))
+    summary = escape(explorer.summarize(vector, **SHORT))
     for text, shown in (
         (str(path), summary), (json.dumps(vector.tolist()), summary), ("1, 2, 3", "this adapter reads (n, 384)"),
         (str(tmp_path / "no.npy"), "no file"), (" ".join(["0"] * 384), "row 0 is all zero"), ("", "no file"),
@@ -249,13 +236,13 @@ def test_card_shows_a_typed_vector_or_one_line_of_error(cards: Cards, tmp_path: 
         assert escape(shown) in html and ("error" in html) is (shown != summary)
 
 
-def test_card_decodes_by_the_shared_settings(cards: Cards) -> None:
-    card = cards.card(lambda: Question(cards.explorer.vectors[1]), button="Summarise")
-    method = one(cards.decoding, ipw.Dropdown)
+def test_card_decodes_by_the_shared_settings(explorer: Explorer) -> None:
+    card = explorer.card(lambda: Question(explorer.vectors[1]), button="Summarise")
+    method = one(explorer.decoding, ipw.Dropdown)
     try:
         method.value = BEAMS
         one(card, ipw.Button).click()
-        summary = cards.explorer.summarize(cards.explorer.vectors[1], Decoding(num_beams=4, max_new_tokens=6))
+        summary = explorer.summarize(explorer.vectors[1], decoding=BEAMS, beams=4, tokens=6)
         assert escape(summary) in one(card, ipw.HTML).value
     finally:
         method.value = "greedy"
