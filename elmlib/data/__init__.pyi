@@ -1,30 +1,16 @@
-from .corpus import CorpusReport as CorpusReport, build_corpus as build_corpus
-from .dataset import (
-    Batch as Batch,
-    PromptBatch as PromptBatch,
-    SummaryDataset as SummaryDataset,
-    epoch_batches as epoch_batches,
-    load_batches as load_batches,
-    load_split as load_split,
-    locate_split as locate_split,
-)
-from .filtering import FilterReport as FilterReport, filter_corpus as filter_corpus
+from .corpus import build_corpus as build_corpus
+from .dataset import Batch as Batch, PromptBatch as PromptBatch, SummaryDataset as SummaryDataset
+from .filtering import filter_corpus as filter_corpus
 from .prompts import (
     IGNORE_INDEX as IGNORE_INDEX,
     PromptIds as PromptIds,
-    SLOT as SLOT,
     TASK_TEMPLATES as TASK_TEMPLATES,
-    check_template as check_template,
     prompt_ids as prompt_ids,
 )
 from .records import (
     EmbeddingFile as EmbeddingFile,
     Record as Record,
     SPLITS as SPLITS,
-    SplitPaths as SplitPaths,
-    atomic_path as atomic_path,
-    build_once as build_once,
-    cache_folder as cache_folder,
     check_rows as check_rows,
     file_digest as file_digest,
     find_embeddings as find_embeddings,

@@ -9,7 +9,7 @@ import re
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -102,22 +102,21 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
             if folder.resolve() in (config.input_dir.resolve(), config.input_embeddings_dir.resolve()):
                 raise ValueError(f"{folder} holds the input; choose another folder for the output")
             stack.callback(_remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
-
-        def temporary(path: Path) -> Path:
-            return stack.enter_context(records.atomic_path(path))
-
-        splits = [_Split(config, name, stack) for name in SPLITS]
+        rejected = None
+        if config.skip_bad:
+            rejected = stack.enter_context(open(stack.enter_context(records.atomic_path(rejected_path)), "wb"))
+        splits = [_Split(config, name, rejected, stack) for name in SPLITS]
         dims = {str(split.vectors.path): split.vectors.dim for split in splits}
         if len(set(dims.values())) > 1:
             raise ValueError(f"all splits need vectors of one size, but they have {dims}")
-        rejected = stack.enter_context(open(temporary(rejected_path), "wb")) if config.skip_bad else None
-        reports = {split.name: _filter_split(split, config, rejected, temporary, progress) for split in splits}
+        reports = {split.name: split.filter(progress) for split in splits}
         leaks = tuple(_find_leaks(splits))
         message = "\n".join(["the splits overlap", *map(str, leaks)])
         if leaks and not config.allow_leaks:
             raise ValueError(f"{message}\n(allow_leaks makes this a warning)")
         report = FilterReport(config.task_type, reports, leaks)
-        records.write_json(temporary(config.output_dir / "filter_report.json"), asdict(report))
+        report_path = stack.enter_context(records.atomic_path(config.output_dir / "filter_report.json"))
+        records.write_json(report_path, asdict(report))
     if not config.skip_bad:  # an earlier run's would contradict this report
         rejected_path.unlink(missing_ok=True)
     if leaks:
@@ -126,17 +125,89 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
 
 
 class _Split:
-    """The input files of one split; for the overlap check the hashes of what is kept, with the lines they come from."""
+    """One split while it is filtered, with the hashes of what is kept and the lines they come from."""
 
-    def __init__(self, config: FilterConfig, name: str, stack: ExitStack):
-        self.name = name
-        self.records, path = records.split_paths(config.input_dir, config.input_embeddings_dir, name)
-        if not self.records.is_file():
-            raise FileNotFoundError(f"{self.records} does not exist")
-        self.vectors = stack.enter_context(EmbeddingFile(path))
-        self.num_rejected = 0
+    def __init__(self, config: FilterConfig, name: str, rejected: BinaryIO | None, stack: ExitStack):
+        """`rejected` takes bad records; without it the first one raises. `stack` closes and renames the files."""
+        self.config, self.name, self.rejected, self.stack, self.num_rejected = config, name, rejected, stack, 0
+        self.path, vectors = records.split_paths(config.input_dir, config.input_embeddings_dir, name)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} does not exist")
+        self.vectors = stack.enter_context(EmbeddingFile(vectors))
         self.hashes = {"source_id": array("q"), "vector": array("q")}
         self.numbers = {"source_id": array("I"), "vector": array("I")}
+
+    def filter(self, progress: bool) -> SplitReport:
+        """Write the three files of the split."""
+        task, vectors = self.config.task_type, self.vectors
+        folders = self.config.output_dir, self.config.output_embeddings_dir
+        new_records, new_vectors = map(self.output, records.split_paths(*folders, self.name))
+        hashes, usable = _hash_rows(vectors, progress)
+        index_map = array("q", [-1]) * vectors.num_rows
+        kept_rows = array("q")  # old rows in the order of the new ones
+        tasks, variations, temperatures = Counter({task: 0}), Counter[str](), Counter[str]()
+        fewest, most, tokens, last_source = float("inf"), 0, 0, ""
+        with open(new_records, "wb") as out:
+            for number, line, record in self.good_records(usable, progress):
+                _count(tasks, record.task_type)
+                if record.task_type != task:
+                    continue
+                row, source, count = record.embedding_index, record.source_id, record.token_count
+                if index_map[row] < 0:
+                    index_map[row] = len(kept_rows)
+                    kept_rows.append(row)
+                    self.remember("vector", hashes[row], number)
+                if source not in ("", last_source):
+                    last_source = source
+                    self.remember("source_id", hash(source), number)
+                _count(variations, str(record.variation))
+                _count(temperatures, str(float(record.temperature)))  # 1 and 1.0 are one label
+                fewest, most, tokens = min(fewest, count), max(most, count), tokens + count
+                out.write(_with_index(line, index_map[row]) + b"\n")
+        kept, good = tasks[task], tasks.total()
+        if not kept:
+            others = ", ".join(f"{name}: {n}" for name, n in (+tasks).most_common()) or "no good record"
+            raise ValueError(f"{self.path}: no record of task {task!r}, but {others} (rejected: {self.num_rejected})")
+        with open(self.output(folders[1] / f"{self.name}_index_map.npy"), "wb") as out:
+            np.save(out, np.array(index_map))
+        rows = (vectors.raw(row, row + 1) for row in kept_rows)
+        records.write_embeddings(new_vectors, (len(kept_rows), vectors.dim), rows, vectors.dtype, vectors.metadata)
+        return SplitReport(
+            read=good + self.num_rejected,
+            kept=kept,
+            dropped=good - kept,
+            rejected=self.num_rejected,
+            embedding_rows_read=vectors.num_rows,
+            embedding_rows_kept=len(kept_rows),
+            token_counts={"minimum": int(fewest), "mean": tokens / kept, "maximum": most, "total": tokens},
+            variations=dict(variations.most_common()),
+            temperatures=dict(temperatures.most_common()),
+        )
+
+    def good_records(self, usable: np.ndarray, progress: bool) -> Iterator[tuple[int, bytes, Record]]:
+        """Yield line number, line and record of each good one."""
+        size = self.path.stat().st_size
+        with tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=not progress) as bar:
+            for number, line in records.read_lines(self.path):
+                bar.update(len(line) + 1)
+                try:
+                    record = records.parse_record(line, self.vectors.num_rows)
+                    row = record.embedding_index
+                    if not usable[row]:
+                        records.check_rows(self.vectors.rows(row, row + 1), [row], f"{self.vectors.path}: row")
+                except ValueError as error:
+                    if self.rejected is None:
+                        raise ValueError(f"{self.path}, line {number}: {error}") from error
+                    raw = line.decode(errors="replace")
+                    entry = {"split": self.name, "line": number, "reason": str(error), "raw": raw}
+                    self.rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+                    self.num_rejected += 1
+                else:
+                    yield number, line, record
+
+    def output(self, path: Path) -> Path:
+        """A temporary name for `path`; the file appears when all splits are written."""
+        return self.stack.enter_context(records.atomic_path(path))
 
     def remember(self, kind: str, value: int, number: int) -> None:
         """Store the hash of a source_id or of a vector that line `number` is the first to use."""
@@ -146,81 +217,8 @@ class _Split:
     def place(self, kind: str, at: int, field: str) -> str:
         """What the line of hash `at` holds in `field`, with the file's name."""
         number = self.numbers[kind][at]
-        line = next(line for found, line in records.read_lines(self.records) if found == number)
-        return f"{field} {orjson.loads(line)[field]!r} ({self.records}, line {number})"
-
-
-def _filter_split(
-    split: _Split, config: FilterConfig, rejected: BinaryIO | None, temporary: Callable[[Path], Path], progress: bool
-) -> SplitReport:
-    """Write the three files of a split under the names that `temporary` gives for theirs."""
-    path, vectors, task = split.records, split.vectors, config.task_type
-    hashes, usable = _hash_rows(vectors, progress)
-    index_map = array("q", [-1]) * vectors.num_rows
-    kept_rows = array("q")  # old rows in the order of the new ones
-    tasks, variations, temperatures = Counter({task: 0}), Counter[str](), Counter[str]()
-    fewest, most, tokens, last_source = float("inf"), 0, 0, ""
-    with open(temporary(config.output_dir / path.name), "wb") as out:
-        for number, line, record in _good_records(split, usable, rejected, progress):
-            _count(tasks, record.task_type)
-            if record.task_type != task:
-                continue
-            row, source, count = record.embedding_index, record.source_id, record.token_count
-            if index_map[row] < 0:
-                index_map[row] = len(kept_rows)
-                kept_rows.append(row)
-                split.remember("vector", hashes[row], number)
-            if source not in ("", last_source):
-                last_source = source
-                split.remember("source_id", hash(source), number)
-            _count(variations, str(record.variation))
-            _count(temperatures, str(float(record.temperature)))  # 1 and 1.0 are one label
-            fewest, most, tokens = min(fewest, count), max(most, count), tokens + count
-            out.write(_with_index(line, index_map[row]) + b"\n")
-    kept, good = tasks[task], tasks.total()
-    if not kept:
-        others = ", ".join(f"{name}: {n}" for name, n in (+tasks).most_common()) or "no good record"
-        raise ValueError(f"{path}: no record of task {task!r}, but {others} (rejected: {split.num_rejected})")
-    with open(temporary(config.output_embeddings_dir / f"{split.name}_index_map.npy"), "wb") as out:
-        np.save(out, np.array(index_map))
-    rows = (vectors.raw(row, row + 1) for row in kept_rows)
-    vectors_path = temporary(config.output_embeddings_dir / vectors.path.name)
-    records.write_embeddings(vectors_path, (len(kept_rows), vectors.dim), rows, vectors.dtype, vectors.metadata)
-    return SplitReport(
-        read=good + split.num_rejected,
-        kept=kept,
-        dropped=good - kept,
-        rejected=split.num_rejected,
-        embedding_rows_read=vectors.num_rows,
-        embedding_rows_kept=len(kept_rows),
-        token_counts={"minimum": int(fewest), "mean": tokens / kept, "maximum": most, "total": tokens},
-        variations=dict(variations.most_common()),
-        temperatures=dict(temperatures.most_common()),
-    )
-
-
-def _good_records(
-    split: _Split, usable: np.ndarray, rejected: BinaryIO | None, progress: bool
-) -> Iterator[tuple[int, bytes, Record]]:
-    """Yield line number, line and record. Bad ones go to `rejected`; without it the first one raises ValueError."""
-    path, vectors = split.records, split.vectors
-    with tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar:
-        for number, line in records.read_lines(path):
-            bar.update(len(line) + 1)
-            try:
-                record = records.parse_record(line, vectors.num_rows)
-                row = record.embedding_index
-                if not usable[row]:
-                    records.check_rows(vectors.rows(row, row + 1), [row], f"{vectors.path}: row")
-            except ValueError as error:
-                if rejected is None:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                raw = line.decode(errors="replace")
-                entry = {"split": split.name, "line": number, "reason": str(error), "raw": raw}
-                rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-                split.num_rejected += 1
-            else:
-                yield number, line, record
+        line = next(line for found, line in records.read_lines(self.path) if found == number)
+        return f"{field} {orjson.loads(line)[field]!r} ({self.path}, line {number})"
 
 
 def _count(counter: Counter[str], value: str) -> None:

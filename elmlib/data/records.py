@@ -51,7 +51,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 def parse_record(line: bytes, num_rows: int) -> Record:
     """A JSONL line as a checked record; unknown fields are ignored, null counts as absent. Raises ValueError."""
     values = parse_line(line)
-    if isinstance(values, dict):
+    if isinstance(values, dict) and None in values.values():
         values = {name: value for name, value in values.items() if value is not None}
     record = msgspec.convert(values, Record)  # its errors are ValueErrors that name the field
     if not 0 <= record.embedding_index < num_rows:
