@@ -20,11 +20,9 @@ from elmlib.study.trial import STORAGE_VARIABLE, Outcome, open_storage
 if TYPE_CHECKING:
     import pandas
 
-SAME_FAILURES = 3
-"""Failures of one kind that stop a study."""
-HALTED = "halted"
-"""Attribute of a study: why all of its launchers are to stop."""
+HALTED = "halted"  # attribute of a study: why all of its launchers are to stop
 
+_SAME_FAILURES = 3  # failures of one kind that stop a study
 _VARYING = re.compile(r"(~|\.{0,2})/[^\s'\":,]+|\d+(\.\d+)?(e[+-]?\d+)?")  # paths and numbers
 _FIGURES = {
     "bertscore_composite": "BERTScore composite",
@@ -35,12 +33,10 @@ _FIGURES = {
 
 
 def tally(trials: list[FrozenTrial], max_retries: int) -> dict[str, int]:
-    """Count all trials of a study, one with several attempts once. `to_retry` are those that were cut short and are not
-    in the queue again; `finished` are those that have ended for good."""
+    """Count all trials, one with several attempts once; `to_retry` are not in the queue again, `finished` never are."""
     states = Counter("TO_RETRY" if is_retried(each, max_retries) else each.state.name for each in last_attempts(trials))
-    names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-    names |= {"running": "RUNNING", "waiting": "WAITING", "to_retry": "TO_RETRY"}
-    counts = {name: states[state] for name, state in names.items()}
+    counts = {name: states[name.upper()] for name in ("complete", "pruned", "running", "waiting", "to_retry")}
+    counts["failed"] = states["FAIL"]
     return counts | {"finished": counts["complete"] + counts["pruned"] + counts["failed"]}
 
 
@@ -62,12 +58,12 @@ def is_retried(trial: FrozenTrial, max_retries: int) -> bool:
 
 
 def common_failure(trials: list[FrozenTrial], since: datetime) -> str:
-    """The reason for which `SAME_FAILURES` trials begun after `since` failed alike; empty while they have not."""
+    """The reason for which three trials begun after `since` failed alike; empty while they have not."""
     failed = [trial for trial in trials if outcome_of(trial) == "failed" and (trial.datetime_start or since) >= since]
     kinds: dict[str, list[str]] = {}
     for reason in [trial.user_attrs["reason"] for trial in failed]:
         kinds.setdefault(_VARYING.sub("#", reason), []).append(reason)
-    return next((f"{len(k)} trials failed alike: {k[-1]}" for k in kinds.values() if len(k) >= SAME_FAILURES), "")
+    return next((f"{len(k)} trials failed alike: {k[-1]}" for k in kinds.values() if len(k) >= _SAME_FAILURES), "")
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
@@ -85,8 +81,7 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def trials_frame(study: optuna.Study) -> "pandas.DataFrame":
-    """One row an attempt: number, state, outcome, value, reports, seconds, its settings (`params_...`), its attributes
-    (metrics beside their shuffled controls, the reason if it was not complete)."""
+    """One row an attempt: outcome, value, settings (`params_...`), and attributes such as metrics and the reason."""
     import pandas
 
     rows = []
@@ -98,8 +93,7 @@ def trials_frame(study: optuna.Study) -> "pandas.DataFrame":
 
 
 def results_frame(study: optuna.Study, count: int = 5) -> "pandas.DataFrame":
-    """The `count` best complete trials by number: objective, F1 and NLL beside their shuffled controls, settings. For
-    a grid: `variants_frame`."""
+    """The `count` best complete trials: objective, F1 and NLL beside their controls, settings; or `variants_frame`."""
     import pandas
 
     ranked = sorted(_complete(study), key=lambda trial: -(trial.value or 0.0))
@@ -144,8 +138,7 @@ def cells_frame(study: optuna.Study) -> "pandas.DataFrame":
 
 
 def importance(study: optuna.Study) -> dict[str, float]:
-    """Share of each parameter in the variance of the objective (fANOVA, Hutter et al., 2014); empty below four complete
-    trials of different value, and for a grid."""
+    """Share of each parameter in the objective's variance (fANOVA, Hutter et al., 2014); empty below four values."""
     trials = _complete(study)
     if len({trial.value for trial in trials}) < 4 or not any(trial.params for trial in trials):
         return {}
@@ -176,8 +169,7 @@ def write_results(study: optuna.Study, config: StudyConfig, target: int) -> None
 
 
 def publish(trial: optuna.Trial, folder: Path, outcome: Outcome, artifacts: Path) -> None:
-    """Upload a running trial's curves, first summaries and notebook to the store `artifacts`, and write its note: how
-    it ended, its metrics beside their shuffled controls, and its files."""
+    """Upload a running trial's curves, first summaries and notebook to the store `artifacts`, and write its note."""
     import pandas
     from optuna.artifacts import FileSystemArtifactStore, upload_artifact
     from optuna_dashboard import save_note

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,28 +43,17 @@ GUIDE_BEST: Settings = {
 }
 """The guide's typical best configuration."""
 
-DEFAULTS = "defaults"
-"""The trial, or the variant of a grid, with no setting changed."""
-
-_OWNED = {
-    *("summary_data_path", "checkpoint_dir", "resume_from", "seed", "eval_samples", "evals_per_epoch"),
-    *("use_wandb", "wandb_project", "wandb_group", "wandb_run_name"),
-}
-"""Training settings that the study sets."""
+DEFAULTS = "defaults"  # the trial, or the variant of a grid, with no setting changed
 
 
 class StudyPlan(NamedTuple):
     """All that a study's launchers have in common, read once: an edit of a file does not change a study that runs."""
 
     base: SummaryTrainingConfig
-    space: Space
-    """Empty for a grid."""
-    first: list[FrozenTrial]
-    """Waiting trials that come before those of the sampler."""
-    target: int
-    """Trials that the study is to finish."""
-    contract: Settings
-    """What makes the scores of two trials comparable: settings, data, notebook and search space, as plain values."""
+    space: Space  # empty for a grid
+    first: list[FrozenTrial]  # waiting trials that come before those of the sampler
+    target: int  # trials that the study is to finish
+    contract: Settings  # what makes the scores of two trials comparable, as plain values
 
 
 def plan_study(config: StudyConfig) -> StudyPlan:
@@ -92,9 +82,8 @@ def plan_study(config: StudyConfig) -> StudyPlan:
 def check_contract(study_name: str, before: Settings | None, now: Settings) -> None:
     """Raise ValueError, naming the differences, unless a study that was begun as `before` is resumed as it was."""
     before = before or now
-    names = dict.fromkeys([*before, *now])
-    differences = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
-    if differences:
+    pairs = {name: (before.get(name), now.get(name)) for name in before | now}
+    if differences := [f"{name} was {was!r}, is {new!r}" for name, (was, new) in pairs.items() if was != new]:
         raise ValueError(
             f"study {study_name!r} was begun with other settings: {'; '.join(differences)}. Scores would not compare: "
             "use the same settings, or another --study-name"
@@ -105,19 +94,9 @@ def base_settings(config: StudyConfig) -> SummaryTrainingConfig:
     """The training settings of all trials: the defaults, the preset's, those of `training_config`, the study's own."""
     base = base_config(config.preset, config.training_config)
     named = read_settings(config.training_config) if config.training_config else {}
-    own: Settings = {
-        "summary_data_path": config.data_dir,
-        "resume_from": "latest",
-        "seed": config.seed,
-        "eval_samples": config.eval_samples,
-        "evals_per_epoch": config.evals_per_epoch,
-        "use_wandb": config.wandb,
-        "wandb_project": config.project,
-        "wandb_group": config.study_name,
-    }
-    plain = SummaryTrainingConfig()
-    for name in sorted(_OWNED & named.keys()):
-        if named[name] not in (own.get(name), getattr(plain, name)):
+    own, plain = _own_settings(config), SummaryTrainingConfig()
+    for name, value in own.items():
+        if name in named and named[name] not in (value, getattr(plain, name)):
             raise ValueError(f"{config.training_config}: {name} is set by the study; remove it, see `elm study --help`")
     if config.wandb:
         import wandb
@@ -129,6 +108,21 @@ def base_settings(config: StudyConfig) -> SummaryTrainingConfig:
     if "early_stopping_patience" not in named:
         own["early_stopping_patience"] = base.max_epochs  # trials are compared at equal lengths: the pruner stops them
     return replace(base, **own)
+
+
+def _own_settings(config: StudyConfig) -> Settings:
+    return {
+        "summary_data_path": config.data_dir,
+        "checkpoint_dir": str(config.folder),  # a trial's is in it
+        "resume_from": "latest",
+        "seed": config.seed,
+        "eval_samples": config.eval_samples,
+        "evals_per_epoch": config.evals_per_epoch,
+        "use_wandb": config.wandb,
+        "wandb_project": config.project,
+        "wandb_group": config.study_name,
+        "wandb_run_name": config.study_name,  # a trial's has its number too
+    }
 
 
 def load_space(path: Path | None) -> tuple[Space, Settings]:
@@ -147,14 +141,15 @@ def load_space(path: Path | None) -> tuple[Space, Settings]:
 
 
 def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
-    kinds: dict[type, type[BaseDistribution]] = {int: IntDistribution, float: FloatDistribution}
-    kind = kinds.get(type(getattr(SummaryTrainingConfig(), name, None)), CategoricalDistribution)
+    kind: type[BaseDistribution] = CategoricalDistribution
+    if "choices" not in spec and type(default := getattr(SummaryTrainingConfig(), name, None)) in (int, float):
+        kind = IntDistribution if isinstance(default, int) else FloatDistribution
     try:
         if not isinstance(spec.get("choices", []), list):
             raise TypeError("choices is no list")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Optuna warns where a step does not divide the range, and changes the range
-            distribution = (CategoricalDistribution if "choices" in spec else kind)(**spec)
+            distribution = kind(**spec)
     except (ValueError, TypeError, UserWarning) as error:
         raise ValueError(
             f"{origin}: {name} is {spec!r}; expected a value, `choices`, or for a number `low` and `high` with `log` "
@@ -168,7 +163,7 @@ def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
 def _check(settings: Any, origin: str) -> None:
     if not isinstance(settings, dict):
         raise ValueError(f"{origin}: settings are {type(settings).__name__}; expected a dict of names and values")
-    if owned := sorted((_OWNED - {"seed"}) & settings.keys()):
+    if owned := sorted((_own_settings(StudyConfig()).keys() - {"seed"}) & settings.keys()):
         raise ValueError(f"{origin}: {', '.join(owned)} cannot be searched: the study sets it")
     SummaryTrainingConfig.from_dict(settings, origin=origin)
 
@@ -185,12 +180,8 @@ def first_trials(space: Space, base: SummaryTrainingConfig) -> list[FrozenTrial]
     trials = []
     for name, settings in (("guide's typical best", GUIDE_BEST), (origin, defaults)):
         params = {setting: settings[setting] for setting in space if setting in settings}
-        try:
-            trials.append(
-                create_trial(state=TrialState.WAITING, params=params, distributions=space, user_attrs={"origin": name})
-            )
-        except ValueError:  # Optuna's, for a value outside its range or a missing one
-            continue
+        with suppress(ValueError):  # Optuna's, for a value outside its range or a missing one
+            trials.append(_waiting({"origin": name}, params=params, distributions=space))
     return trials
 
 
@@ -205,9 +196,12 @@ def load_grid(path: Path, seeds: int) -> list[FrozenTrial]:
         _check(changes, f"{path}: {name}")
         if "seed" in changes or (name == DEFAULTS and changes):
             raise ValueError(f"{path}: {name} is {changes!r}; expected no seed, and no change of {DEFAULTS}")
-    attributes = [
-        {"origin": f"{name}, seed {seed}", "variant": name, "changes": changes | {"seed": seed}, "seed": seed}
+    return [
+        _waiting({"origin": f"{name}, seed {seed}", "variant": name, "changes": changes | {"seed": seed}, "seed": seed})
         for seed in range(seeds)
         for name, changes in variants.items()
     ]
-    return [create_trial(state=TrialState.WAITING, user_attrs=each) for each in attributes]
+
+
+def _waiting(attributes: Settings, **values: Any) -> FrozenTrial:
+    return create_trial(state=TrialState.WAITING, user_attrs=attributes, **values)

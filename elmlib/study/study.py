@@ -34,23 +34,13 @@ from elmlib.data.records import atomic_path
 from elmlib.evaluation.metrics import objective
 from elmlib.study import results
 from elmlib.study.search_space import check_contract, plan_study
-from elmlib.study.trial import (
-    PRUNER,
-    STORAGE_VARIABLE,
-    Outcome,
-    TrialProcess,
-    open_storage,
-    patiently,
-    run_files,
-    trial_environments,
-)
+from elmlib.study.trial import PRUNER, STORAGE_VARIABLE, Outcome, TrialProcess, open_storage, patiently, run_files
 from elmlib.training.loggers import read_metrics
 
 logger = logging.getLogger(__name__)
 
-CONTRACT, LAUNCHER = "contract", "launcher"
-"""Attribute of a study: what all of its trials have in common; attribute of a trial: its launcher."""
-
+CONTRACT = "contract"  # attribute of a study: what all of its trials have in common
+LAUNCHER = "launcher"  # attribute of a trial: host and process of its launcher
 _POLL, _LOOK = 0.1, 1.0  # seconds between looks at the trial processes, and at a study with nothing to start
 _ADVISORY = 0x656C6D << 32  # the range of PostgreSQL's advisory locks that elmlib uses
 _KEPT = ("origin", "variant", "changes", "seed", "memory", "memory_batch_size")  # attributes of the next attempt
@@ -63,18 +53,17 @@ class StudyFailedError(RuntimeError):
 def run_study(config: StudyConfig) -> optuna.Study:
     """Run trials until `config.trials` are finished, `config.jobs` at a time, and write the results.
 
-    A study that exists is resumed. The first Ctrl-C lets running trials end, the second stops them; they are resumed
-    by the next start. Raises ValueError or FileNotFoundError for settings, data, a space or a storage that do not fit,
-    and StudyFailedError if no trial completed.
+    A study that exists is resumed, its stopped trials too. The first Ctrl-C lets running trials end, the second stops
+    them. Raises ValueError or FileNotFoundError for what does not fit, StudyFailedError if no trial completed.
     """
-    launcher = Launcher(config, results.storage_address(config))
+    launcher = Launcher(config)
     launcher.run()
     study = launcher.study
     results.write_results(study, config, launcher.plan.target)
     reason = study.user_attrs.get(results.HALTED)
     if results.best_trial(study) is None and not launcher.presses and not launcher.is_late():
         reasons = [trial.user_attrs["reason"] for trial in study.trials if "reason" in trial.user_attrs]
-        reason = reason or (["all trials were pruned", *reasons][-1])
+        reason = reason or ["no trial ended", *reasons][-1]
         raise StudyFailedError(f"no trial of study {study.study_name!r} completed: {reason}")
     if reason:
         logger.error("the study stopped: %s", reason)
@@ -82,18 +71,13 @@ def run_study(config: StudyConfig) -> optuna.Study:
 
 
 def submit_launchers(config: StudyConfig) -> list[str]:
-    """Begin the study and submit `config.jobs` launchers of one trial at a time as SLURM jobs; the ids of the jobs.
-
-    Raises ValueError for a storage that machines cannot share, and as `run_study` does.
-    """
+    """Begin the study and submit `config.jobs` launchers of one trial at a time as SLURM jobs; the ids of the jobs."""
     import submitit
 
-    address = results.storage_address(config)
-    if not address.startswith("postgresql"):
+    if not results.storage_address(config).startswith("postgresql"):
         raise ValueError("several launchers need PostgreSQL: set ELM_STUDY_STORAGE to postgresql+psycopg://...")
-    Launcher(config, address)
     # Not as an argument: submitit writes those to disk, and the address may hold a password.
-    os.environ[STORAGE_VARIABLE] = address
+    os.environ[STORAGE_VARIABLE] = Launcher(config).storage.url
     executor = submitit.AutoExecutor(folder=config.folder / "slurm", cluster=config.slurm_cluster)
     executor.update_parameters(
         name=config.study_name,
@@ -109,22 +93,34 @@ def _launch(config: StudyConfig) -> None:
     run_study(config)  # a job returns nothing: submitit would pickle the study, and the address with it
 
 
+def trial_environments(jobs: int) -> list[dict[str, str]]:
+    """For each of `jobs` trials at a time its environment: a GPU of its own, or its share of the processors."""
+    if jobs == 1:
+        return [{}]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        import torch
+
+        listed = ",".join(map(str, range(torch.cuda.device_count())))
+    if gpus := [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(jobs)]
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(share)}] * jobs
+
+
 class Launcher:
     """Runs the trials of one study, in one thread."""
 
-    def __init__(self, config: StudyConfig, address: str):
-        """Check all settings, and create or load the study in the storage at `address`, password and all."""
-        self.config, self.address = config, address
-        self.plan = plan_study(config)
-        self.storage = open_storage(address, config.heartbeat)
+    def __init__(self, config: StudyConfig):
+        """Check all settings, and create or load the study."""
+        self.config, self.plan = config, plan_study(config)
+        self.storage = open_storage(results.storage_address(config), config.heartbeat)
         self.is_shared = self.storage.engine.dialect.name == "postgresql"
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.started = datetime.now()
         self.deadline = time.time() + 3600 * config.timeout if config.timeout else float("inf")
-        self.running: dict[int, TrialProcess] = {}
-        """GPU, or share of the processors -> its trial."""
-        self.presses = 0
-        self.beaten = 0.0
+        self.running: dict[int, TrialProcess] = {}  # GPU, or share of the processors -> its trial
+        self.presses, self.beaten = 0, 0.0  # Ctrl-C so far; the time of the last heartbeats
         with self._lock():
             self.study = optuna.create_study(
                 study_name=config.study_name, storage=self.storage, direction="maximize", load_if_exists=True
@@ -152,9 +148,9 @@ class Launcher:
                 while self.presses < 2 and not self.is_late():
                     self._beat()
                     for slot, process in list(self.running.items()):
-                        if not process.is_running():
+                        if outcome := process.outcome():
                             del self.running[slot]
-                            self._finish(process.trial, process.folder, process.outcome())
+                            self._finish(process.trial, process.folder, outcome)
                     free = [slot for slot in range(len(slots)) if slot not in self.running]
                     if free and time.monotonic() > looked + _LOOK:
                         is_over = self._is_over(bar) or self.presses > 0
@@ -186,8 +182,7 @@ class Launcher:
 
     @contextmanager
     def _lock(self) -> Iterator[Callable[[], object]]:
-        """On PostgreSQL one launcher at a time counts and asks. Yields a check that raises once the lock is lost with
-        its connection."""
+        """On PostgreSQL one launcher at a time asks; yields a check that raises if the lock was lost."""
         if not self.is_shared:
             yield bool
             return
@@ -198,8 +193,7 @@ class Launcher:
 
     @contextmanager
     def _claim(self) -> Iterator[None]:
-        """Be the one launcher of a study on SQLite, and fail the trials of one that has ended; ValueError while another
-        one runs."""
+        """On SQLite be the one launcher, and fail the trials of one that has ended; ValueError while one runs."""
         if self.is_shared:
             yield
             return
@@ -230,6 +224,7 @@ class Launcher:
         with self._lock() as check, warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             warnings.filterwarnings("ignore", "Heartbeat of storage")  # Optuna expects optimize()
+            self._beat()  # so that a slow launcher does not take its own trials for lost
             fail_stale_trials(self.study)
             trials = self.study.get_trials(deepcopy=False)
             for trial in trials:
@@ -281,7 +276,7 @@ class Launcher:
         if history := frozen.system_attrs.get("retry_history"):
             for path in run_files(self.config.folder / f"trial-{history[-1]:04d}"):
                 path.rename(folder / path.name)
-        environment = environment | {STORAGE_VARIABLE: self.address}
+        environment = environment | {STORAGE_VARIABLE: self.storage.url}
         self.running[slot] = TrialProcess(trial, self.notebook, config, environment)
 
     def _finish(self, trial: optuna.Trial, folder: Path, outcome: Outcome) -> None:
@@ -292,8 +287,7 @@ class Launcher:
             # The last evaluation and not the best: a choice would favour variants with many evaluations.
             rows = [row.values for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"]
             outcome = outcome._replace(metrics=outcome.metrics | (rows[-1] if rows else {}))
-        states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        state = states.get(outcome.kind, TrialState.FAIL)
+        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(outcome.kind, TrialState.FAIL)
         attributes: dict[str, Any] = {"outcome": outcome.kind, "folder": str(folder)}
         attributes |= {"reason": outcome.reason, "details": outcome.details} | outcome.metrics
 

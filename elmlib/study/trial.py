@@ -33,10 +33,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STORAGE_VARIABLE = "ELM_STUDY_STORAGE"
-"""Environment variable with the storage's address: a password in it reaches no file, notebook or process list."""
-PRUNER = "pruner"
-"""Attribute of a study: `startup_trials` and `warmup_reports` of its pruner; empty where nothing is pruned."""
+STORAGE_VARIABLE = "ELM_STUDY_STORAGE"  # the storage's address: a password reaches no file, notebook or process list
+PRUNER = "pruner"  # attribute of a study: `startup_trials` and `warmup_reports`; empty where nothing is pruned
 
 _PATIENCE, _PAUSE = 600.0, 1.0  # seconds that a database may be away, and between two calls meanwhile
 _DETAILS = 1500  # characters of a traceback that are kept
@@ -60,8 +58,7 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBStorage:
-    """The storage at a SQLAlchemy URL, with `heartbeat` seconds between the heartbeats of a running trial. Raises
-    ValueError, without the password, for an address that is no URL or whose driver is missing."""
+    """The storage at a SQLAlchemy URL; ValueError, without its password, if that is none or its driver is missing."""
     # No connection is held between calls: a server has a hundred, and launchers and notebooks are more.
     engine: dict[str, Any] = {"poolclass": NullPool, "pool_pre_ping": True}
     try:
@@ -71,7 +68,7 @@ def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBSto
             engine["connect_args"] = {"timeout": 60}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat is, since Optuna 2.9
-            return RDBStorage(address, engine_kwargs=engine, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+            return RDBStorage(_escaped(address), engine, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
     except (exc.IntegrityError, exc.ProgrammingError):  # another launcher makes the tables at the same moment
         if attempts == 1:
             raise
@@ -82,6 +79,11 @@ def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBSto
             "the storage is no database URL or has no driver; expected sqlite:///study.db for example, or after "
             "pip install -e '.[postgres]' postgresql+psycopg://..."
         ) from error
+
+
+def _escaped(path: str) -> str:
+    """`path` for Optuna and papermill, which take it for a format string."""
+    return path.replace("{", "{{").replace("}", "}}")
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -108,14 +110,10 @@ def make_pruner(settings: dict[str, int]) -> BasePruner:
 class Outcome(NamedTuple):
     """How a trial ended."""
 
-    kind: str
-    """`complete`, `pruned`, `failed`, `killed`, `timed out` or `interrupted`."""
-    reason: str = ""
-    """One line; empty for a complete trial."""
-    details: str = ""
-    """The last lines of a failed notebook's traceback."""
-    metrics: dict[str, float] = {}  # noqa: RUF012 (never changed)
-    """Of the best evaluation."""
+    kind: str  # complete, pruned, failed, killed, timed out or interrupted
+    reason: str = ""  # one line; empty for a complete trial
+    details: str = ""  # the last lines of a failed notebook's traceback
+    metrics: dict[str, float] = {}  # noqa: RUF012 (of the best evaluation; never changed)
 
 
 class TrialProcess:
@@ -135,12 +133,11 @@ class TrialProcess:
         (folder / "parameters.yaml").write_text(parameters, encoding="utf-8")
         # A kernel of our own name: one called python3 may belong to another Python. jupyter_client replaces `python`
         # by the Python that runs papermill.
-        kernels, command = folder.parent / "jupyter", ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        jupyter, command = folder.parent / "jupyter", ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         kernel = {"argv": command, "display_name": "elm", "language": "python"}
-        write_json(kernels / "kernels" / "elm" / "kernel.json", kernel)
-        search = [str(kernels.absolute()), os.environ.get("JUPYTER_PATH", "")]
-        # papermill takes paths as format strings, so that braces are doubled.
-        paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, folder / notebook.name)]
+        write_json(jupyter / "kernels" / "elm" / "kernel.json", kernel)
+        search = [str(jupyter.absolute()), os.environ.get("JUPYTER_PATH", "")]
+        paths = [_escaped(str(path)) for path in (notebook, folder / notebook.name)]
         flags = ["-f", str(folder / "parameters.yaml"), "-k", "elm", "--no-progress-bar"]
         with open(folder / "trial.log", "ab") as log:
             self.process = subprocess.Popen(
@@ -150,10 +147,6 @@ class TrialProcess:
                 start_new_session=True,  # Ctrl-C is the launcher's to handle
             )  # fmt: skip
 
-    def is_running(self) -> bool:
-        """Whether the notebook has not ended yet."""
-        return self.process.poll() is None
-
     def kill(self) -> None:
         """End the notebook and its kernel at once, and wait until both are gone."""
         try:
@@ -161,41 +154,28 @@ class TrialProcess:
         except subprocess.TimeoutExpired:  # it does not run; its kernel ends without it
             self.process.kill()
 
-    def outcome(self) -> Outcome:
-        """How an ended notebook ended; only a `result.json` makes it complete or pruned."""
+    def outcome(self) -> Outcome | None:
+        """How the notebook ended, None while it runs; only a `result.json` makes it complete or pruned."""
+        if self.process.poll() is None:
+            return None
         self.process.communicate()  # closes standard input
         code, path = self.process.returncode, self.folder / "result.json"
-        if code == 0 and path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            metrics = {name: value for name, value in result.items() if isinstance(value, int | float)}
-            return Outcome("pruned" if result["stopped"] else "complete", result["stopped"], metrics=metrics)
-        if code == 0:
-            return Outcome("failed", "the notebook ran to its end but left no result.json")
         if code < 0:
             return Outcome("killed", f"the trial's process ended with signal {-code}")
+        if code == 0 and not path.is_file():
+            return Outcome("failed", "the notebook ran to its end but left no result.json")
+        if code == 0:
+            result = json.loads(path.read_text("utf-8"))
+            metrics = {name: value for name, value in result.items() if isinstance(value, int | float)}
+            return Outcome("pruned" if result["stopped"] else "complete", result["stopped"], metrics=metrics)
         cells = [cell for path in self.folder.glob("*.ipynb") for cell in json.loads(path.read_text("utf-8"))["cells"]]
         for output in [output for cell in cells for output in cell.get("outputs", ())]:
             if output["output_type"] == "error":
                 lines = _COLOURS.sub("", "\n".join(output["traceback"]))
                 return Outcome("failed", f"{output['ename']}: {output['evalue']}".splitlines()[0], lines[-_DETAILS:])
-        log = _COLOURS.sub("", (self.folder / "trial.log").read_text(encoding="utf-8", errors="replace"))
+        log = _COLOURS.sub("", (self.folder / "trial.log").read_text("utf-8", errors="replace"))
         last = (log.strip().splitlines() or [""])[-1]
         return Outcome("killed" if _DEAD_KERNEL.search(last) else "failed", last, log[-_DETAILS:])
-
-
-def trial_environments(jobs: int) -> list[dict[str, str]]:
-    """For each of `jobs` trials at a time its environment: a GPU of its own, or its share of the processors."""
-    if jobs == 1:
-        return [{}]
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        import torch
-
-        listed = ",".join(map(str, range(torch.cuda.device_count())))
-    if gpus := [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(jobs)]
-    share = max(1, len(os.sched_getaffinity(0)) // jobs)
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(share)}] * jobs
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -210,24 +190,18 @@ class OptunaCallback:
 
     trial: optuna.Trial | None = None
     evals_per_epoch: int = 1
-    reports: int = 0
-    """Reports of a whole run."""
-    reason: str = ""
-    """Why the run should stop; empty while it should not."""
+    reports: int = 0  # of a whole run
+    reason: str = ""  # why the run should stop; empty while it should not
 
     @classmethod
     def join(cls, trial: str, config: SummaryTrainingConfig) -> Self:
-        """Join the running trial `study name:trial id`; with an empty name, no study.
-
-        The storage's address comes in the environment, because a notebook's parameters are visible in its output.
-        """
+        """Join the running trial `study name:trial id`; with an empty name, no study."""
         if not trial:
             return cls()
         name, _, trial_id = trial.rpartition(":")
 
         def load() -> optuna.Trial:
-            storage, sampler = open_storage(os.environ[STORAGE_VARIABLE]), optuna.samplers.RandomSampler()  # not used
-            study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+            study = optuna.load_study(study_name=name, storage=open_storage(os.environ[STORAGE_VARIABLE]))
             study.pruner = make_pruner(study.user_attrs[PRUNER])
             return optuna.Trial(study, int(trial_id))
 
@@ -244,19 +218,14 @@ class OptunaCallback:
             return
         self.trial.report(value, number)
         if number < self.reports and self.trial.should_prune():
-            self.reason = (
-                f"pruned at report {number} of {self.reports}: {value:.4f}, and its best report so far is below the "
-                "median of the trials before it"
-            )
+            self.reason = f"pruned at report {number} of {self.reports}: its best report is below the trials' median"
 
     def close(self) -> None:
         """The launcher ends the trial, not its notebook."""
 
     def train(self, config: SummaryTrainingConfig, loggers: Sequence[RunLogger] = ()) -> "TrainResult":
-        """Train; a trial that runs out of GPU memory starts again with half the batch and twice the accumulation.
-
-        The trial's attribute `memory` says so, and the next attempt at the trial begins with that batch.
-        """
+        """Train; a trial that runs out of GPU memory starts again, as do its next attempts, with half the batch and
+        twice the accumulation."""
         from accelerate.utils import release_memory
 
         from elmlib.training.trainer import train

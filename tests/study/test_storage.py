@@ -105,7 +105,7 @@ def test_run_study_writes_a_password_to_no_file(
 
 @pytest.mark.heavy
 def test_patiently_waits_for_a_database_that_restarts(stub_config: StudyConfig, request: pytest.FixtureRequest) -> None:
-    launcher = Launcher(on("postgres", stub_config, request, "away"), request.getfixturevalue("postgres"))
+    launcher = Launcher(on("postgres", stub_config, request, "away"))
     trial = launcher._ask()
     assert trial
     restart_postgres()
@@ -114,7 +114,7 @@ def test_patiently_waits_for_a_database_that_restarts(stub_config: StudyConfig, 
 
 
 def test_ask_runs_a_lost_trial_again_with_its_parameters(stub_config: StudyConfig) -> None:
-    launcher = Launcher(stub_config, f"sqlite:///{stub_config.folder}/study.db")
+    launcher = Launcher(stub_config)
     lost, living = launcher._ask(), launcher._ask()
     assert lost and living
     with launcher._claim():  # of a study whose launcher is dead
@@ -129,7 +129,7 @@ def test_ask_runs_a_lost_trial_again_with_its_parameters(stub_config: StudyConfi
 
 
 def test_ask_takes_a_trial_for_lost_that_never_gave_a_sign_of_life(stub_config: StudyConfig) -> None:
-    launcher = Launcher(stub_config, f"sqlite:///{stub_config.folder}/study.db")
+    launcher = Launcher(stub_config)
     trial_id = launcher.storage.create_new_trial(launcher.study._study_id)  # its launcher died right after this
     other = launcher._ask()
     assert other and launcher.storage.get_trial(trial_id).state == TrialState.RUNNING
@@ -139,7 +139,7 @@ def test_ask_takes_a_trial_for_lost_that_never_gave_a_sign_of_life(stub_config: 
 
 
 def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig) -> None:
-    launcher = Launcher(stub_config, f"sqlite:///{stub_config.folder}/study.db")
+    launcher = Launcher(stub_config)
     with launcher._claim(), pytest.raises(ValueError, match="another launcher"):
         run_study(stub_config)
     assert not begun(stub_config)

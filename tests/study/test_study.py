@@ -24,7 +24,7 @@ from wandb_files import read_run
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
 from elmlib.study import StudyFailedError, cells_frame, results_frame, run_study, submit_launchers, variants_frame
-from elmlib.study.results import default_trial, open_study, outcome_of, storage_address, trials_frame
+from elmlib.study.results import default_trial, open_study, outcome_of, trials_frame
 from elmlib.study.study import Launcher
 from elmlib.training import train
 
@@ -79,7 +79,7 @@ def test_run_study_samples_the_same_after_a_stop(stub_config: StudyConfig) -> No
 
 def test_run_study_stores_how_each_trial_ended(stub_config: StudyConfig) -> None:
     config = replace(space_of(stub_config, "{choices: [3.0, 95.0, 85.0]}"), trials=3, jobs=3)
-    launcher = Launcher(config, storage_address(config))
+    launcher = Launcher(config)
     for number, fate in enumerate((3.0, 95.0, 85.0)):  # complete, failed, killed
         launcher.study.enqueue_trial({"learning_rate": 1e-3 * (number + 1), "spike_factor": fate})
     study = run_study(config)
@@ -110,7 +110,7 @@ def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig)
 
 
 def test_start_marks_impossible_settings_as_failed(stub_config: StudyConfig) -> None:
-    launcher = Launcher(stub_config, storage_address(stub_config))
+    launcher = Launcher(stub_config)
     launcher.plan = launcher.plan._replace(space={"spike_factor": FloatDistribution(0.5, 0.5)})
     trial = launcher._ask()
     assert trial
@@ -121,7 +121,9 @@ def test_start_marks_impossible_settings_as_failed(stub_config: StudyConfig) -> 
 
 def test_run_study_of_a_grid_trains_each_variant_at_each_seed(stub_config: StudyConfig, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("faster: {learning_rate: 3.0e-3}\n")
-    study = run_study(replace(stub_config, grid=tmp_path / "grid.yaml", seeds=1, jobs=2))
+    folder = tmp_path / "runs {a}"
+    study = run_study(replace(stub_config, grid=tmp_path / "grid.yaml", seeds=1, jobs=2, checkpoint_dir=folder))
+    assert (folder / "tiny" / "study.db").is_file()
     assert cells_frame(study)[["variant", "seed"]].to_numpy().tolist() == [["defaults", 0], ["faster", 0]]
     frame = variants_frame(study)
     assert frame.difference["faster"] == pytest.approx(50 * (3e-3 - SummaryTrainingConfig().learning_rate))

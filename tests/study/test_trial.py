@@ -11,13 +11,13 @@ import torch
 from study.studies import processes
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.study.study import trial_environments
 from elmlib.study.trial import (
     OptunaCallback,
     TrialProcess,
     is_out_of_memory,
     make_pruner,
     run_files,
-    trial_environments,
 )
 from elmlib.training import trainer
 from elmlib.training.loggers import MetricsRow
@@ -152,6 +152,7 @@ def test_process_trains_its_parameters_in_this_python_whatever_kernels_and_folde
     process = TrialProcess(trial, stub_config.notebook, settings, {})
     process.process.wait(60)
     outcome = process.outcome()
+    assert outcome
     assert (outcome.kind, outcome.reason) == ("complete", ""), (process.folder / "trial.log").read_text()
     assert outcome.metrics["bertscore_composite"] == 50 * 1e-5
     cells = nbformat.read(process.folder / "stub.ipynb", 4).cells
@@ -171,12 +172,12 @@ def test_process_tells_a_failure_from_a_dead_kernel_and_takes_its_kernel_with_it
     for each in (failing, dying):
         each.process.wait(60)
     outcome = failing.outcome()
-    assert outcome.kind == "failed" and outcome.reason.startswith("ValueError: no luck at step")
+    assert outcome and outcome.kind == "failed" and outcome.reason.startswith("ValueError: no luck at step")
     assert "spike_factor" in outcome.details
-    assert dying.outcome().kind == "killed"
+    assert (outcome := dying.outcome()) and outcome.kind == "killed"
     while not (long.folder / "adapter_step_1.safetensors").exists():
-        assert long.is_running()
+        assert long.outcome() is None
     (kernel,) = processes(long.process)["kernel"]
     long.kill()
     assert not kernel.is_running() and not Path(f"/proc/{long.process.pid}").exists()
-    assert long.outcome().kind == "killed"
+    assert (outcome := long.outcome()) and outcome.kind == "killed"
