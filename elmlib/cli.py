@@ -206,8 +206,7 @@ class Call(NamedTuple):
 
     run: Callable[[Any], None]
     config: Any
-    is_dry: bool
-    """Print settings and step count of a training run, and do nothing."""
+    is_dry: bool  # Print settings and step count of a training run, and do nothing
 
 
 def parse(arguments: Sequence[str]) -> Call:

@@ -31,10 +31,8 @@ class SummaryTrainingConfig:
     # Data
     summary_data_path: Annotated[str, flag(name="data-dir", aliases=("--summary-data-path",))] = "data/summary_filtered"
     """Folder that `elm filter` wrote: split files in `synthesis/` and `embeddings/`, or directly in it."""
-    checkpoint_dir: str = "data/checkpoints"
-    """Folder for checkpoints, metrics.jsonl and predictions of this run."""
-    summary_only: bool = True
-    """Refuse records of other tasks than `summary`."""
+    checkpoint_dir: str = "data/checkpoints"  # Folder for checkpoints, metrics.jsonl and predictions of this run
+    summary_only: bool = True  # Refuse records of other tasks than `summary`
     max_seq_length: int = 512
     """Longest row in tokens, prompt, soft tokens and target together; longer rows are left out and counted."""
     train_rows: int = 0
@@ -48,19 +46,15 @@ class SummaryTrainingConfig:
         OFFLINE_EMBEDDER
     )
     """The model that made the embeddings; it re-embeds generated summaries for the drift similarity."""
-    embedding_dim: int = 384
-    """Size of one embedding: 384 for all-MiniLM-L6-v2, 2560 for Qwen3-Embedding-4B."""
-    hidden_dim: int = 4096
-    """Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144."""
-    num_soft_tokens: int = 8
-    """Soft tokens that one embedding becomes, at least 1."""
+    embedding_dim: int = 384  # Size of one embedding: 384 for all-MiniLM-L6-v2, 2560 for Qwen3-Embedding-4B
+    hidden_dim: int = 4096  # Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144
+    num_soft_tokens: int = 8  # Soft tokens that one embedding becomes, at least 1
     soft_token_position: SoftTokenPosition = "before_answer"
     """Where the soft tokens stand: `before_answer`, at its beginning, or `in_prompt`, in the place of the text, which
     makes rows longer."""
     dropout_rate: Annotated[float, flag(name="dropout", aliases=("--dropout-rate",))] = 0.1
     """Dropout inside the adapter's MLP, 0 to below 1; the guide searches 0.0 to 0.3."""
-    residual_scale: float = 0.1
-    """Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5."""
+    residual_scale: float = 0.1  # Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5
     warm_start: bool = True
     """Start the linear path at the ridge regression onto the targets' tokens instead of at random."""
     warm_start_whitening: bool = True
@@ -71,28 +65,19 @@ class SummaryTrainingConfig:
     """Passes over the training rows; the guide fixes 2 for the search."""
     learning_rate: float = 1.6e-3
     """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
-    batch_size: int = 16
-    """Rows per forward pass; the guide searches 4, 8, 16."""
-    gradient_accumulation_steps: int = 1
-    """Batches per optimizer step; the guide searches 2, 4, 8."""
-    weight_decay: float = 0.01
-    """AdamW weight decay, at least 0."""
-    warmup_fraction: float = 0.03
-    """Share of the optimizer steps that warm up, 0 to 1."""
-    max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down, above 0."""
-    spike_factor: float = 3.0
-    """Stop when the loss exceeds this many times its running mean, above 1."""
-    seed: int = 0
-    """Seed of the adapter, the row order and dropout."""
+    batch_size: int = 16  # Rows per forward pass; the guide searches 4, 8, 16
+    gradient_accumulation_steps: int = 1  # Batches per optimizer step; the guide searches 2, 4, 8
+    weight_decay: float = 0.01  # AdamW weight decay, at least 0
+    warmup_fraction: float = 0.03  # Share of the optimizer steps that warm up, 0 to 1
+    max_grad_norm: float = 1.0  # Gradient norm above which gradients are scaled down, above 0
+    spike_factor: float = 3.0  # Stop when the loss exceeds this many times its running mean, above 1
+    seed: int = 0  # Seed of the adapter, the row order and dropout
 
     # Losses
     use_contrastive_loss: Annotated[bool, flag(name="use-contrastive", aliases=("--use-contrastive-loss",))] = True
     """Add InfoNCE between soft tokens and the row's own target."""
-    contrastive_weight: float = 0.01
-    """Weight of InfoNCE; the guide searches 0.0 to 0.1."""
-    contrastive_temperature: float = 0.07
-    """InfoNCE temperature, above 0."""
+    contrastive_weight: float = 0.01  # Weight of InfoNCE; the guide searches 0.0 to 0.1
+    contrastive_temperature: float = 0.07  # InfoNCE temperature, above 0
     use_text_drift_loss: Annotated[bool, flag(name="use-drift-loss", aliases=("--use-text-drift-loss",))] = True
     """Add the text drift loss."""
     text_drift_weight: Annotated[float, flag(name="drift-weight", aliases=("--text-drift-weight",))] = 0.03
@@ -104,14 +89,11 @@ class SummaryTrainingConfig:
     text_drift_head: Annotated[DriftHead, flag(name="drift-head", aliases=("--text-drift-head",))] = "readout"
     """What turns predicted tokens into an embedding: `readout`, a fitted linear map, for any pair of models, or
     `re_embed`, the embedder itself, where LLM and embedder share a tokenizer."""
-    drift_top_k: int = 32
-    """Most probable tokens per answer position that make up the expected text, at least 1."""
+    drift_top_k: int = 32  # Most probable tokens per answer position that make up the expected text, at least 1
 
     # Evaluation
-    bertscore_model: str = OFFLINE_EMBEDDER
-    """BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli."""
-    bertscore_batch_size: int = 16
-    """Texts per call of BERTScore's encoder, at least 1."""
+    bertscore_model: str = OFFLINE_EMBEDDER  # BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli
+    bertscore_batch_size: int = 16  # Texts per call of BERTScore's encoder, at least 1
     evaluation_device: EvaluationDevice = ""
     """`cpu` keeps embedder and BERTScore's encoder off the GPU, which then holds the LLM alone; empty is the LLM's
     device."""
@@ -122,22 +104,18 @@ class SummaryTrainingConfig:
     equal shares of the data, whatever their batch size."""
     eval_samples: int = 100
     """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
-    eval_first: bool = True
-    """Evaluate before the first step, where the warm start alone stands."""
+    eval_first: bool = True  # Evaluate before the first step, where the warm start alone stands
     eval_seed: int = 0
     """Seed of the evaluation subsets and of the shuffled control; runs of other seeds stay comparable."""
     eval_nll_samples: int = 256
     """Validation rows whose NLL is measured at each evaluation, a fixed seeded subset; at least 2."""
-    max_new_tokens: int = 48
-    """Longest generated summary in tokens, at least 1."""
+    max_new_tokens: int = 48  # Longest generated summary in tokens, at least 1
     early_stopping_patience: int = 2
     """Epochs without a better BERTScore composite after which training stops, at least 1."""
 
     # Checkpoints
-    save_interval: int = 100
-    """Optimizer steps between step checkpoints, at least 1."""
-    keep_checkpoints: int = 2
-    """Newest step checkpoints that are kept, at least 1."""
+    save_interval: int = 100  # Optimizer steps between step checkpoints, at least 1
+    keep_checkpoints: int = 2  # Newest step checkpoints that are kept, at least 1
     resume_from: str = ""
     """A step checkpoint `adapter_step_N.safetensors`, or `latest`, the newest in checkpoint_dir; empty is a new run."""
 
@@ -148,26 +126,18 @@ class SummaryTrainingConfig:
         bool, flag(name="gradient-checkpointing", aliases=("--use-gradient-checkpointing",))
     ] = False
     """Recompute the LLM's activations in the backward pass: less memory, slower, no shared prompt prefix."""
-    num_workers: int = 0
-    """Data loading processes; 0 loads in the training process, which is enough for vectors."""
-    pin_memory: bool = False
-    """Page-locked batches, for GPUs."""
-    persistent_workers: bool = False
-    """Keep loading processes between epochs; needs num_workers above 0."""
-    prefetch_factor: int = 2
-    """Batches that each loading process prepares ahead, at least 1."""
+    num_workers: int = 0  # Data loading processes; 0 loads in the training process, which is enough for vectors
+    pin_memory: bool = False  # Page-locked batches, for GPUs
+    persistent_workers: bool = False  # Keep loading processes between epochs; needs num_workers above 0
+    prefetch_factor: int = 2  # Batches that each loading process prepares ahead, at least 1
 
     # Tracking
     use_wandb: Annotated[bool, flag(name="wandb", aliases=("--use-wandb",))] = False
     """Log to Weights & Biases; `WANDB_MODE=offline` needs no account."""
-    wandb_project: str = "elm-summary"
-    """wandb project."""
-    wandb_run_name: str = ""
-    """wandb run name; empty lets wandb choose."""
-    wandb_group: str = ""
-    """wandb group, which a study gives to all of its trials."""
-    log_level: LogLevel = "INFO"
-    """Least severity of messages on standard error."""
+    wandb_project: str = "elm-summary"  # wandb project
+    wandb_run_name: str = ""  # wandb run name; empty lets wandb choose
+    wandb_group: str = ""  # wandb group, which a study gives to all of its trials
+    log_level: LogLevel = "INFO"  # Least severity of messages on standard error
 
     def __post_init__(self) -> None:
         require(self, 1, "embedding_dim", "hidden_dim", "num_soft_tokens", "max_epochs", "batch_size", "drift_top_k")

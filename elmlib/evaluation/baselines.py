@@ -24,8 +24,7 @@ class Baseline(NamedTuple):
     """A system that writes summaries."""
 
     name: str
-    write: Callable[[], list[str]]
-    """Writes the n summaries; may take minutes."""
+    write: Callable[[], list[str]]  # Writes the n summaries; may take minutes
 
 
 def list_baselines(

@@ -49,10 +49,8 @@ class EncoderId(NamedTuple):
 class Encoding(NamedTuple):
     """One text as BERTScore sees it, on the CPU and without padding."""
 
-    tokens: "Tensor"
-    """(tokens, dim)"""
-    weights: "Tensor"
-    """(tokens,): 0 for the special tokens at both ends, 1 for the others."""
+    tokens: "Tensor"  # (tokens, dim)
+    weights: "Tensor"  # (tokens,): 0 for the special tokens at both ends, 1 for the others
 
 
 class BERTScoreEvaluator:

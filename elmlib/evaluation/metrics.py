@@ -130,13 +130,11 @@ def score_texts(
 class SummaryScores(NamedTuple):
     """One evaluation of n summaries."""
 
-    metrics: dict[str, float]
-    """What `score_texts` gives, drift_similarity and drift_similarity_shuffled."""
+    metrics: dict[str, float]  # What `score_texts` gives, drift_similarity and drift_similarity_shuffled
     pairs: BERTScores
     drift: np.ndarray
     """(n,): cosine of the re-embedded summary and its source embedding, -1 to 1; 0 for an empty summary."""
-    vectors: np.ndarray
-    """(n, dim) the re-embedded summaries; all zero for an empty one."""
+    vectors: np.ndarray  # (n, dim) the re-embedded summaries; all zero for an empty one
 
 
 def score_summaries(
@@ -194,8 +192,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 class Identification(NamedTuple):
     """How n summaries rank their own source."""
 
-    ranks: np.ndarray
-    """(n,) int among all `num_sources`, 1 is best; a tie counts as lost."""
+    ranks: np.ndarray  # (n,) int among all `num_sources`, 1 is best; a tie counts as lost
     num_sources: int
 
     def figures(self, pool: int = 0) -> dict[str, float]:

@@ -78,8 +78,7 @@ class Report:
     training neighbour's summary, NaN where that is not in the report. reference_ and source_: `Identification.figures`
     of the own reference summary and of the own source embedding in pools of `POOL`, with `all_` in the whole split.
     """
-    texts: list[dict[str, Any]]
-    """One a text: source_id, reference, and by system `summaries` and `bertscore_f1`."""
+    texts: list[dict[str, Any]]  # One a text: source_id, reference, and by system `summaries` and `bertscore_f1`
 
     def write_csv(self, path: Path) -> None:
         """`frame` as CSV."""

@@ -128,8 +128,7 @@ class AdapterFile(NamedTuple):
     """An adapter as read from disk."""
 
     weights: dict[str, Tensor]
-    config: SummaryTrainingConfig
-    """The settings that it was trained with; paths and hardware at their defaults."""
+    config: SummaryTrainingConfig  # The settings that it was trained with; paths and hardware at their defaults
     step: int
     data_fingerprint: str
 

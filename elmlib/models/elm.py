@@ -26,8 +26,7 @@ class Sampling(NamedTuple):
 
     count: int = 8  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
     """Candidates per embedding."""
-    temperature: float = 0.7
-    """0 decodes greedily."""
+    temperature: float = 0.7  # 0 decodes greedily
     top_p: float = 0.95
     seed: int = 0
 
@@ -35,8 +34,7 @@ class Sampling(NamedTuple):
 class Reading(NamedTuple):
     """What one forward pass gives."""
 
-    soft_tokens: Tensor
-    """(batch, num_soft_tokens, llm_dim) float32."""
+    soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
     hidden: Tensor
     """(batch, answer length, llm_dim) last hidden states, in the LLM's dtype; position t predicts label t."""
 
@@ -44,8 +42,7 @@ class Reading(NamedTuple):
 class Prefix(NamedTuple):
     """The constant beginning of a prompt, read once by the frozen LLM."""
 
-    embeds: Tensor
-    """(1, prefix length, llm_dim)."""
+    embeds: Tensor  # (1, prefix length, llm_dim)
     cache: DynamicCache
 
 

@@ -84,8 +84,7 @@ class Ridge(NamedTuple):
     """A ridge regression with the moments of its training rows."""
 
     map: LinearMap
-    strength: float
-    """Of the penalty."""
+    strength: float  # Of the penalty
     inputs: Moments
     outputs: Moments
 
@@ -131,15 +130,12 @@ def whitened_maps(ridge: Ridge, count: int) -> list[LinearMap]:
 class WarmStart:
     """Statistics and ridge regressions on the training rows."""
 
-    mean: Tensor
-    """(embedding_dim,) of the embeddings, as is `std`."""
+    mean: Tensor  # (embedding_dim,) of the embeddings, as is `std`
     std: Tensor
-    idf: Tensor
-    """(vocab,) inverse document frequency over the training answers."""
+    idf: Tensor  # (vocab,) inverse document frequency over the training answers
     to_tokens: Ridge
     """Standardised embedding -> idf-weighted mean token embedding of the target, from which the adapter starts."""
-    to_embedding: Ridge
-    """Mean token embedding -> embedding: the drift read-out."""
+    to_embedding: Ridge  # Mean token embedding -> embedding: the drift read-out
 
 
 def warm_started_adapter(config: SummaryTrainingConfig, warm_start: WarmStart, table: Tensor) -> EmbeddingAdapter:

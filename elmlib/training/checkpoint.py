@@ -18,27 +18,17 @@ _STEP = re.compile(r"adapter_step_(\d+)\.safetensors")
 class RunState:
     """The state of a run besides its weights, its optimizer and its random state."""
 
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Epoch of the next step, from 0."""
-    group: int = 0
-    """Optimizer steps done in that epoch."""
-    best_composite: float = float("-inf")
-    """Best BERTScore composite so far."""
+    step: int = 0  # Optimizer steps done
+    epoch: int = 0  # Epoch of the next step, from 0
+    group: int = 0  # Optimizer steps done in that epoch
+    best_composite: float = float("-inf")  # Best BERTScore composite so far
     best_step: int = -1
-    best_values: tuple[tuple[str, float], ...] = ()
-    """All figures of that evaluation."""
-    history: tuple[tuple[float, float], ...] = ()
-    """(val_nll, composite) of the last evaluations, oldest first."""
-    improved: bool = False
-    """Whether this epoch has brought a new best."""
-    stale_epochs: int = 0
-    """Epochs in a row without a new best."""
-    stopped: str = ""
-    """Why the run was stopped early; empty where it was not."""
-    loss_mean: float = 0.0
-    """Running mean of the training loss, for the spike check; 0 before the first step."""
+    best_values: tuple[tuple[str, float], ...] = ()  # All figures of that evaluation
+    history: tuple[tuple[float, float], ...] = ()  # (val_nll, composite) of the last evaluations, oldest first
+    improved: bool = False  # Whether this epoch has brought a new best
+    stale_epochs: int = 0  # Epochs in a row without a new best
+    stopped: str = ""  # Why the run was stopped early; empty where it was not
+    loss_mean: float = 0.0  # Running mean of the training loss, for the spike check; 0 before the first step
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
 

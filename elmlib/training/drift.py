@@ -31,12 +31,9 @@ def expected_token_embedding(top_log_probs: Tensor, top_ids: Tensor, table: Tens
 class DriftReadout(NamedTuple):
     """A linear map from the expected token embedding, fitted in closed form and frozen. It works for any two models."""
 
-    table: Tensor
-    """(vocab, llm_dim) the LLM's token embeddings."""
-    idf: Tensor
-    """(vocab,) weight of each token."""
-    to_embedding: LinearMap
-    """Mean token embedding -> embedding."""
+    table: Tensor  # (vocab, llm_dim) the LLM's token embeddings
+    idf: Tensor  # (vocab,) weight of each token
+    to_embedding: LinearMap  # Mean token embedding -> embedding
 
     def __call__(self, predictions: Predictions) -> Tensor:
         """(batch, embedding_dim): the vector of the expected text."""

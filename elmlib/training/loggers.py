@@ -13,12 +13,9 @@ from elmlib.data.records import atomic_path, parse_line
 class MetricsRow(NamedTuple):
     """One line of metrics.jsonl."""
 
-    kind: str
-    """`step` or `eval`."""
-    step: int
-    """Optimizer steps done."""
-    epoch: float
-    """Passes over the training rows done."""
+    kind: str  # `step` or `eval`
+    step: int  # Optimizer steps done
+    epoch: float  # Passes over the training rows done
     values: dict[str, float]
 
 

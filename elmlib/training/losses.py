@@ -26,12 +26,9 @@ CHUNK = 512
 class Predictions(NamedTuple):
     """The model's predictions at each answer position."""
 
-    nll: Tensor
-    """Sum of -log p(label) over answer tokens, nats, float32."""
-    top_log_probs: Tensor
-    """(batch, length, k) float32 log-probabilities of the most probable tokens; -inf at padding."""
-    top_ids: Tensor
-    """(batch, length, k)."""
+    nll: Tensor  # Sum of -log p(label) over answer tokens, nats, float32
+    top_log_probs: Tensor  # (batch, length, k) float32 log-probabilities of the most probable tokens; -inf at padding
+    top_ids: Tensor  # (batch, length, k)
 
 
 def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> Predictions:
@@ -109,30 +106,22 @@ class LossInputs(NamedTuple):
 
     config: SummaryTrainingConfig
     batch: Batch
-    soft_tokens: Tensor
-    """(batch, num_soft_tokens, llm_dim) float32."""
+    soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
     predictions: Predictions
     predicted_vectors: Tensor | None
     """(batch, embedding_dim): the expected text in the embedder's space; None without the drift loss."""
-    positives: Tensor | None
-    """(batch, llm_dim): mean token embedding of each target; None without the contrastive loss."""
+    positives: Tensor | None  # (batch, llm_dim): mean token embedding of each target; None without the contrastive loss
 
 
 class Loss(NamedTuple):
     """One entry of the table."""
 
-    name: str
-    """In metrics.jsonl."""
-    sum: Callable[[LossInputs], Tensor]
-    """The sum over the batch, a scalar."""
-    per: Literal["token", "row"]
-    """What the sum is divided by: answer tokens or rows."""
-    weight: str = ""
-    """Setting with its weight; empty for a weight of 1."""
-    switch: str = ""
-    """Setting that turns it on; empty where it is always on."""
-    is_trained: bool = True
-    """False for a figure that is logged and adds nothing to the loss."""
+    name: str  # In metrics.jsonl
+    sum: Callable[[LossInputs], Tensor]  # The sum over the batch, a scalar
+    per: Literal["token", "row"]  # What the sum is divided by: answer tokens or rows
+    weight: str = ""  # Setting with its weight; empty for a weight of 1
+    switch: str = ""  # Setting that turns it on; empty where it is always on
+    is_trained: bool = True  # False for a figure that is logged and adds nothing to the loss
 
     def is_on(self, config: SummaryTrainingConfig) -> bool:
         """Whether `config` asks for it."""

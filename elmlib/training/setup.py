@@ -40,8 +40,7 @@ class TrainingComponents:
     drift_head: DriftHead
     evaluator: BERTScoreEvaluator
     embedder: "SentenceTransformer"
-    embed: Callable[[list[str]], np.ndarray]
-    """Texts -> vectors, in the space of the source embeddings."""
+    embed: Callable[[list[str]], np.ndarray]  # Texts -> vectors, in the space of the source embeddings
     known_references: dict[int, np.ndarray] = field(default_factory=dict)
     """Embedded targets of validation rows: every evaluation needs the same ones."""
 

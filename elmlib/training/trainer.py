@@ -47,14 +47,11 @@ class UnstableTrainingError(RuntimeError):
 class TrainResult(NamedTuple):
     """How a run ended."""
 
-    best: Path
-    """`best_summary_model.safetensors`, best by BERTScore composite."""
-    last: Path
-    """The last step checkpoint."""
+    best: Path  # `best_summary_model.safetensors`, best by BERTScore composite
+    last: Path  # The last step checkpoint
     metrics: dict[str, float]
     """The best evaluation's figures beside their controls, times and trained parameters; also in result.json."""
-    stopped: str
-    """Why the run was stopped early; empty where it was not."""
+    stopped: str  # Why the run was stopped early; empty where it was not
 
 
 def train(

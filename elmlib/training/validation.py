@@ -27,18 +27,13 @@ from elmlib.training.setup import TrainingComponents
 class Validation(NamedTuple):
     """One evaluation: figures beside their shuffled controls, and the summaries they come from."""
 
-    val_nll: float
-    """Nats per answer token."""
-    val_nll_shuffled: float
-    """The same with each row's embedding swapped for another source's."""
+    val_nll: float  # Nats per answer token
+    val_nll_shuffled: float  # The same with each row's embedding swapped for another source's
     scores: SummaryScores
-    rows: list[int]
-    """Of the split, in the order of `predictions`."""
+    rows: list[int]  # Of the split, in the order of `predictions`
     predictions: list[str]
-    identification: Identification
-    """Nearest reference summary among those of `rows`."""
-    predicted_similarity: np.ndarray
-    """(n,) the cosine in the text drift loss, on the same rows under teacher forcing."""
+    identification: Identification  # Nearest reference summary among those of `rows`
+    predicted_similarity: np.ndarray  # (n,) the cosine in the text drift loss, on the same rows under teacher forcing
 
     def values(self) -> dict[str, float]:
         """All figures, flat."""
