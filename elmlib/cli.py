@@ -13,22 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import tyro
 
-from elmlib.config import (
-    PRESETS,
-    CorpusConfig,
-    DashboardConfig,
-    EvaluateConfig,
-    FilterConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-    StudyConfig,
-    SummaryTrainingConfig,
-    base_config,
-    check_settings,
-    preset_settings,
-    read_settings,
-)
+from elmlib.config import SummaryTrainingConfig, base_config, commands, files
 
 logger = logging.getLogger("elmlib")
 
@@ -37,7 +22,7 @@ EXIT_CODES = (
 )
 
 
-def corpus(config: CorpusConfig) -> None:
+def corpus(config: commands.CorpusConfig) -> None:
     """Make a multi-task corpus with embeddings from docstrings, a JSONL file or a Hugging Face dataset.
 
     elm corpus --limit 6000
@@ -51,7 +36,7 @@ def corpus(config: CorpusConfig) -> None:
     print(f"{report.to_frame().to_string()}\n{report.summary()}")
 
 
-def filter_(config: FilterConfig) -> None:
+def filter_(config: commands.FilterConfig) -> None:
     """Keep one task of a corpus and its embeddings, and check that no source is in two splits.
 
     elm filter --input-dir data/synthesis
@@ -86,7 +71,7 @@ def train(config: SummaryTrainingConfig) -> None:
         raise KeyboardInterrupt
 
 
-def generate(config: GenerateConfig) -> None:
+def generate(config: commands.GenerateConfig) -> None:
     """Write a summary for every record of a split, or for every row of a file of embeddings.
 
     elm generate --checkpoint data/checkpoints/best_summary_model.safetensors \\
@@ -102,7 +87,7 @@ def generate(config: GenerateConfig) -> None:
     print(f"{count} summaries written to {config.output}")
 
 
-def evaluate(config: EvaluateConfig) -> None:
+def evaluate(config: commands.EvaluateConfig) -> None:
     """Score predictions against their references with BERTScore, beside the same predictions shuffled.
 
     elm evaluate --predictions results/predictions.jsonl --references data/summary_filtered/test_synthesis.jsonl
@@ -122,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> None:
         write_json(config.output, result)
 
 
-def report(config: ReportConfig) -> None:
+def report(config: commands.ReportConfig) -> None:
     """Compare an adapter with its baselines, from shuffled embeddings to the LLM that reads the text.
 
     elm report --checkpoint data/checkpoints/best_summary_model.safetensors --candidates 8
@@ -143,7 +128,7 @@ def report(config: ReportConfig) -> None:
         print(f"table: {config.output}\npicture: {picture}\nsummaries of every system: {texts}")
 
 
-def study(config: StudyConfig) -> None:
+def study(config: commands.StudyConfig) -> None:
     """Search hyperparameters, or train a grid of variants; each trial is an executed notebook, and a study resumes.
 
     elm study --trials 50 --jobs 2 --timeout 24
@@ -160,7 +145,7 @@ def study(config: StudyConfig) -> None:
     print(f"{results_frame(done).to_string(na_rep='')}\nresults: {config.results_dir or config.folder}")
 
 
-def dashboard(config: DashboardConfig) -> None:
+def dashboard(config: commands.DashboardConfig) -> None:
     """Watch a study in a browser, with each trial's curves, summaries and notebook.
 
     elm dashboard --port 8081
@@ -171,7 +156,7 @@ def dashboard(config: DashboardConfig) -> None:
     serve_dashboard(config)
 
 
-def plan(config: PlanConfig) -> None:
+def plan(config: commands.PlanConfig) -> None:
     """Estimate the memory of a training step from the LLM's config alone, and the batch sizes that fit each card.
 
     elm plan --preset qwen3-4b --evaluation-device cpu --gpu-memory 16
@@ -188,15 +173,15 @@ def plan(config: PlanConfig) -> None:
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "corpus": (CorpusConfig, corpus),
-    "filter": (FilterConfig, filter_),
+    "corpus": (commands.CorpusConfig, corpus),
+    "filter": (commands.FilterConfig, filter_),
     "train": (SummaryTrainingConfig, train),
-    "generate": (GenerateConfig, generate),
-    "evaluate": (EvaluateConfig, evaluate),
-    "report": (ReportConfig, report),
-    "study": (StudyConfig, study),
-    "dashboard": (DashboardConfig, dashboard),
-    "plan": (PlanConfig, plan),
+    "generate": (commands.GenerateConfig, generate),
+    "evaluate": (commands.EvaluateConfig, evaluate),
+    "report": (commands.ReportConfig, report),
+    "study": (commands.StudyConfig, study),
+    "dashboard": (commands.DashboardConfig, dashboard),
+    "plan": (commands.PlanConfig, plan),
 }
 """Sub-command -> its settings and its function, whose docstring is the help and ends with examples."""
 
@@ -239,8 +224,8 @@ def _default(kind: type[Any], arguments: list[str]) -> tuple[Any, list[str]]:
         rest, known.preset = [*rest, "--preset", known.preset], None
     if path is None and not known.preset:
         return tyro.MISSING_NONPROP, rest
-    values = preset_settings(known.preset, kind) if known.preset else {}
-    values |= check_settings(kind, read_settings(path), str(path)) if path else {}
+    values = files.preset_settings(known.preset or "", kind)
+    values |= files.check_settings(kind, files.read_settings(path), str(path)) if path else {}
     required = {name: tyro.MISSING for name, it in kind.__dataclass_fields__.items() if it.default is MISSING}
     try:
         return kind(**required | values), rest
@@ -282,7 +267,7 @@ def _dry_run(config: SummaryTrainingConfig) -> str:
     return f"{config.to_json()}{rows:,} training rows, about {steps:,} steps of {per_step} rows; nothing is written"
 
 
-def _sampling(config: GenerateConfig | ReportConfig) -> Any:
+def _sampling(config: commands.GenerateConfig | commands.ReportConfig) -> Any:
     from elmlib.models import Sampling
 
     return Sampling(config.candidates, config.temperature, config.top_p) if config.candidates else None
@@ -332,7 +317,7 @@ def _overview() -> str:
     lines = "\n".join(f"  {name:<12}{str(run.__doc__).splitlines()[0]}" for name, (_, run) in COMMANDS.items())
     return (
         f"usage: elm COMMAND [--help] ...\n\ncommands, in the order of the work:\n{lines}\n\n"
-        f"presets: {', '.join(filter(None, PRESETS))}\nexit codes: {EXIT_CODES}"
+        f"presets: {', '.join(filter(None, files.PRESETS))}\nexit codes: {EXIT_CODES}"
     )
 
 

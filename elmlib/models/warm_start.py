@@ -165,7 +165,9 @@ def fit_warm_start(
     device = table.device
     idf = token_idf(train.answers, len(table)).to(device)
     adapter = make_adapter(config, table).to(device)  # standardises the embeddings
-    adapter.standardise(*mean_and_std(batch.embeddings for batch in _batches(train, device)))
+    vectors = (batch.embeddings for batch in _batches(train, device))
+    mean, covariance = NormalEquations((x, x[:, :0]) for x in vectors).input_moments()
+    adapter.standardise(mean.float(), covariance.diagonal().clamp_min(0).sqrt().float())
 
     def moments(dataset: SummaryDataset, forward: bool) -> NormalEquations:
         pairs = (
@@ -202,21 +204,6 @@ def mean_token_embedding(labels: Tensor, table: Tensor, weights: Tensor) -> Tens
     weighted = torch.where(weighted.sum(1, keepdim=True) > 0, weighted, present)
     weighted = weighted / weighted.sum(1, keepdim=True)
     return torch.einsum("bt,bth->bh", weighted, table[ids].float())
-
-
-def mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation over the rows of all chunks, each (dim,), summed in float64.
-
-    Raises ValueError for no rows.
-    """
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for x in chunks:
-        x = _double(x)
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    if count == 0:
-        raise ValueError("mean_and_std got no rows")
-    mean = total / count
-    return mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float()
 
 
 def _double(x: Tensor) -> Tensor:

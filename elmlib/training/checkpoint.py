@@ -14,7 +14,7 @@ from elmlib.models.adapter import BEST, EmbeddingAdapter, load_adapter, load_ten
 _STEP = re.compile(r"adapter_step_(\d+)\.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunState:
     """The state of a run besides its weights, its optimizer and its random state."""
 

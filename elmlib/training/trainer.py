@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,20 +18,11 @@ from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import Batch, load_batches
 from elmlib.data.records import write_json
 from elmlib.models.adapter import BEST, EmbeddingAdapter, save_adapter
-from elmlib.training import checkpoint
+from elmlib.training import checkpoint, setup
 from elmlib.training.checkpoint import RunState
 from elmlib.training.loggers import MetricsLog, MetricsRow, ProgressBar, RunLogger, WandbLog
 from elmlib.training.losses import LOSSES, compute_losses, total_loss
-from elmlib.training.setup import (
-    accumulation_groups,
-    build_components,
-    is_sharded,
-    learning_rate,
-    shard_llm,
-    share_adapter,
-    without_communication,
-)
-from elmlib.training.validation import Validation, drift_warning, validate
+from elmlib.training.validation import drift_warning, validate
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +88,7 @@ class _Run:
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
         resumed = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once
-        self.components = build_components(config, self.device)
+        self.components = setup.build_components(config, self.device)
         self.adapter = self.components.model.adapter
         self.fingerprint = self.components.train.fingerprint
         # Not fused, AdamW makes one pass over all weights for each term of the update: ten times as slow on a CPU.
@@ -110,15 +100,16 @@ class _Run:
         self.state = RunState()
         if resumed:
             checkpoint.check_same_run(resumed, config, self.fingerprint)
-            self.state = replace(checkpoint.load_run(resumed, self.adapter, self.optimizer), stopped="")
+            self.state = checkpoint.load_run(resumed, self.adapter, self.optimizer)
+            self.state.stopped = ""
             logger.info("resumed from %s", resumed)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
-        shared = cast(EmbeddingAdapter, share_adapter(self.adapter, self.accelerator))  # or its wrapper
+        shared = cast(EmbeddingAdapter, setup.share_adapter(self.adapter, self.accelerator))  # or its wrapper
         self.components = self.components.with_adapter(shared)
-        self.sharded = is_sharded(self.accelerator)
+        self.sharded = setup.is_sharded(self.accelerator)
         if self.sharded:  # last: the closed-form fits need the whole LLM
-            shard_llm(self.components.model.llm, self.accelerator)
+            setup.shard_llm(self.components.model.llm, self.accelerator)
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
         self.total_steps = sum(self.steps_per_epoch)
         if not self.total_steps:
@@ -130,7 +121,7 @@ class _Run:
             self.loggers = [stack.enter_context(closing(logger)) for logger in self._loggers()]
             if self.state.step == 0 and self.config.eval_first:
                 self._evaluate(epoch_ends=False)
-            while self.state.epoch < self.config.max_epochs and not self._is_over():
+            while self.state.epoch < self.config.max_epochs and not (self.state.stopped or self._is_stale()):
                 self._epoch()
         if self.state.stopped:
             logger.warning("step %d: stopped: %s", self.state.step, self.state.stopped)
@@ -164,7 +155,7 @@ class _Run:
 
     def _groups(self, epoch: int) -> list[list[list[int]]]:
         process = self.accelerator.process_index
-        return accumulation_groups(self.components.train, self.config, epoch, process, self.world)
+        return setup.accumulation_groups(self.components.train, self.config, epoch, process, self.world)
 
     def _epoch(self) -> None:
         groups = self._groups(self.state.epoch)[self.state.group :]
@@ -173,13 +164,12 @@ class _Run:
         for group in groups:
             started = time.perf_counter()
             values = self._step([next(loader).to(self.device) for _ in group])
-            seconds = self.state.train_seconds + time.perf_counter() - started
-            self.state = replace(
-                self.state, step=self.state.step + 1, group=self.state.group + 1, train_seconds=seconds
-            )
+            self.state.train_seconds += time.perf_counter() - started
+            self.state.step += 1
+            self.state.group += 1
             self._log("step", values)
             if self.world == 1:  # several processes would have to agree; they do so after evaluations
-                self.state = replace(self.state, stopped=self.stop())
+                self.state.stopped = self.stop()
             epoch_ends = self.state.group == self.steps_per_epoch[self.state.epoch]
             if epoch_ends or self._is_eval_due():  # of a stopped run too: a resumed one does not come back to this step
                 self._evaluate(epoch_ends)
@@ -197,7 +187,7 @@ class _Run:
     def _step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step over an accumulation group: each loss is its sum over the group divided by its count."""
         config, accelerator = self.config, self.accelerator
-        rate = learning_rate(self.state.step, self.total_steps, config)
+        rate = setup.learning_rate(self.state.step, self.total_steps, config)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         sizes = torch.tensor([[b.num_tokens, len(b.labels)] for b in batches], device=self.device).sum(0)
@@ -206,7 +196,7 @@ class _Run:
         totals = torch.zeros(1 + len(losses), device=self.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else without_communication(self.components.model.adapter):
+            with nullcontext() if last else setup.without_communication(self.components.model.adapter):
                 if config.use_contrastive_loss and len(batch.labels) == 1 and not self.warned_of_single_row:
                     self.warned_of_single_row = True
                     logger.warning("a batch of one row has no negatives: its contrastive loss is 0; raise --batch-size")
@@ -235,7 +225,7 @@ class _Run:
                 "for bad rows with `elm filter`"
             )
         kept = _LOSS_MEMORY if self.state.step else 0.0
-        self.state = replace(self.state, loss_mean=kept * mean + (1 - kept) * loss)
+        self.state.loss_mean = kept * mean + (1 - kept) * loss
 
     def _evaluate(self, epoch_ends: bool) -> None:
         """Evaluate on the main process, keep the best adapter, and count the epochs without a better one."""
@@ -247,38 +237,29 @@ class _Run:
         if self.accelerator.is_main_process:
             values = result.values()
             composite = values["bertscore_composite"]
-            state = replace(state, history=(*state.history[-2:], (result.val_nll, composite)))
+            state.history = (*state.history[-2:], (result.val_nll, composite))
             if warning := drift_warning(state.history):
                 logger.warning("step %d: %s; the best adapter is that of step %d", state.step, warning, state.best_step)
             self._log("eval", values)
-            state = replace(state, stopped=self.stop())
+            state.stopped = self.stop()
             if composite > state.best_composite:
-                self._keep_best(result)
-                # The evaluation before the first step belongs to no epoch, so it is no improvement of one.
-                state = replace(
-                    state, best_composite=composite, best_step=state.step, improved=state.step > 0,
-                    best_values=tuple(values.items()),
-                )  # fmt: skip
+                save_adapter(self.folder / BEST, self.adapter, self.config, state.step, self.fingerprint)
+                result.write_predictions(self.folder / "predictions.jsonl", self.components.val)
+                state.best_composite, state.best_step, state.best_values = composite, state.step, tuple(values.items())
+                state.improved = state.step > 0  # the evaluation before the first step belongs to no epoch
         if epoch_ends:
-            stale = 0 if state.improved else state.stale_epochs + 1
-            state = replace(state, epoch=state.epoch + 1, group=0, improved=False, stale_epochs=stale)
-        state = replace(state, eval_seconds=state.eval_seconds + time.perf_counter() - started)
+            state.stale_epochs = 0 if state.improved else state.stale_epochs + 1
+            state.epoch, state.group, state.improved = state.epoch + 1, 0, False
+        state.eval_seconds += time.perf_counter() - started
         self.state = broadcast_object_list([state])[0]
         self.adapter.train()
         if epoch_ends and self._is_stale():
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
 
-    def _keep_best(self, result: Validation) -> None:
-        save_adapter(self.folder / BEST, self.adapter, self.config, self.state.step, self.fingerprint)
-        result.write_predictions(self.folder / "predictions.jsonl", self.components.val)
-
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, self.config, self.fingerprint)
         self.accelerator.wait_for_everyone()
-
-    def _is_over(self) -> bool:
-        return self._is_stale() or bool(self.state.stopped)
 
     def _is_stale(self) -> bool:
         return self.state.stale_epochs >= self.config.early_stopping_patience

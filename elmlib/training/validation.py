@@ -11,15 +11,8 @@ import torch
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset
 from elmlib.data.records import atomic_path
-from elmlib.evaluation.metrics import (
-    POOL,
-    Identification,
-    SummaryScores,
-    correlation,
-    identify_sources,
-    score_summaries,
-    swap_sources,
-)
+from elmlib.evaluation import metrics
+from elmlib.evaluation.metrics import Identification, SummaryScores
 from elmlib.training.losses import predict, text_drift
 from elmlib.training.setup import TrainingComponents
 
@@ -37,12 +30,12 @@ class Validation(NamedTuple):
 
     def values(self) -> dict[str, float]:
         """All figures, flat."""
-        found = self.identification.figures(POOL)
+        found = self.identification.figures(metrics.POOL)
         return (
             {"val_nll": self.val_nll, "val_nll_shuffled": self.val_nll_shuffled}
             | self.scores.metrics
             | {f"identification_{name}": found[name] for name in ("top_1", "top_5", "mrr", "chance")}
-            | {"drift_correlation": correlation(self.predicted_similarity, self.scores.drift)}
+            | {"drift_correlation": metrics.correlation(self.predicted_similarity, self.scores.drift)}
         )
 
     def write_predictions(self, path: Path, split: SummaryDataset) -> None:
@@ -85,12 +78,13 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
     model.adapter.eval()
     sample = split.subset(config.eval_samples, config.eval_seed)
     rows = split.subset(max(config.eval_nll_samples, config.eval_samples), config.eval_seed)
-    swapped = dict(zip(rows, swap_sources([str(split.sources[row]) for row in rows], config.eval_seed), strict=True))
+    others = metrics.swap_sources([str(split.sources[row]) for row in rows], config.eval_seed)
+    swapped = dict(zip(rows, (rows[other] for other in others), strict=True))
     totals = torch.zeros(3, dtype=torch.float64)
     similarity: dict[int, float] = {}
     for chosen in split.bucket(rows, config.batch_size):
         batch = split.collate(chosen).to(device)
-        other = split.vectors([rows[swapped[row]] for row in chosen]).to(device)
+        other = split.vectors([swapped[row] for row in chosen]).to(device)
         for place, inputs in enumerate((batch, batch._replace(embeddings=other))):
             predictions = predict(model(inputs).hidden, model.head, batch.labels, config.drift_top_k)
             totals[place] += predictions.nll.item()
@@ -105,7 +99,7 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
     texts = [written[row] for row in sample]
     references = [split.records[row].target_text for row in sample]
     vectors, sources = split.vectors(sample).numpy(), [str(split.sources[row]) for row in sample]
-    scores = score_summaries(
+    scores = metrics.score_summaries(
         components.evaluator, components.embed, texts, references, vectors, sources, config.eval_seed
     )
     model.adapter.train()
@@ -116,6 +110,6 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
         scores=scores,
         rows=sample,
         predictions=texts,
-        identification=identify_sources(scores.vectors, components.reference_vectors(sample), sources),
+        identification=metrics.identify_sources(scores.vectors, components.reference_vectors(sample), sources),
         predicted_similarity=np.array([similarity[row] for row in sample]),
     )

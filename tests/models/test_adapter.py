@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.models.adapter import PRE_ACTIVATION_RMS, START_RMS, EmbeddingAdapter, LinearMap, make_adapter
-from elmlib.models.warm_start import NormalEquations, fit_ridge, mean_and_std, whitened_maps
+from elmlib.models.warm_start import NormalEquations, fit_ridge, whitened_maps
 
 DIM, LLM_DIM, TOKENS, HIDDEN = 6, 10, 3, 8
 
@@ -133,9 +133,15 @@ def test_any_other_shape_does_not(dim, tokens):
     assert F.cosine_similarity(make(dim=dim, tokens=tokens)(x).flatten(1)[:, :dim], x).abs().max() < 0.99
 
 
+def standardise(adapter, x):
+    """As `fit_warm_start` does."""
+    mean, covariance = NormalEquations([(x, x[:, :0])]).input_moments()
+    adapter.standardise(mean.float(), covariance.diagonal().clamp_min(0).sqrt().float())
+
+
 def test_standardised_rows_have_mean_zero_and_deviation_one():
     adapter, x = make(), normal(50, DIM) * 3 + 7
-    adapter.standardise(*mean_and_std([x]))
+    standardise(adapter, x)
     standard = adapter.standardised(x)
     torch.testing.assert_close(standard.mean(0), torch.zeros(DIM), atol=1e-5, rtol=0)
     torch.testing.assert_close(standard.std(0, correction=0), torch.ones(DIM))
@@ -145,6 +151,6 @@ def test_a_dimension_that_never_varies_does_not_divide_by_zero():
     x = normal(20, DIM)
     x[:, 2] = 0.1  # not exact in binary, so that a careless mean would leave a remainder
     adapter = make()
-    adapter.standardise(*mean_and_std([x]))
+    standardise(adapter, x)
     assert not adapter.standardised(x)[:, 2].any()
     assert adapter(x).isfinite().all()

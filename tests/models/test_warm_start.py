@@ -19,7 +19,6 @@ from elmlib.models.warm_start import (
     fit_ridge,
     fit_warm_start,
     load_warm_start,
-    mean_and_std,
     mean_token_embedding,
     token_idf,
     whitened_maps,
@@ -113,17 +112,7 @@ def test_noise_is_shrunk_more_than_signal():
     assert chosen(0.0) < chosen(100.0)
 
 
-@pytest.mark.parametrize("sizes", [[30], [1] * 30, [29, 1]])
-def test_mean_and_std_equal_torch_whatever_the_chunks(sizes):
-    x = normal(30, DIM) * 0.01 + 5
-    mean, std = mean_and_std(x.split(sizes))
-    torch.testing.assert_close(mean, x.double().mean(0).float())
-    torch.testing.assert_close(std, x.double().std(0, correction=0).float())
-
-
 def test_no_rows_are_an_error():
-    with pytest.raises(ValueError, match="no rows"):
-        mean_and_std([])
     with pytest.raises(ValueError, match="no rows"):
         NormalEquations([])
 
