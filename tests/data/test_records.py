@@ -98,6 +98,21 @@ def test_embedding_files_that_are_missing_or_hold_two_tensors_are_refused(tmp_pa
         EmbeddingFile(tmp_path / "two.safetensors")
 
 
+@pytest.mark.heavy
+def test_rows_of_more_than_two_gib_are_read_whole(tmp_path: Path) -> None:
+    num_rows, dim = 600_000, 1024
+    shape = {"dtype": "F32", "shape": [num_rows, dim], "data_offsets": [0, num_rows * dim * 4]}
+    start = header({"embeddings": shape})
+    with open(tmp_path / "big.safetensors", "wb") as file:  # sparse: nearly nothing on the disk
+        file.write(start)
+        file.seek(len(start) + (num_rows * dim - 1) * 4)
+        file.write(np.float32(7).tobytes())
+    with EmbeddingFile(tmp_path / "big.safetensors") as embeddings:
+        rows = embeddings.rows(0, num_rows)
+    assert rows.shape == (num_rows, dim)
+    assert rows[-1, -1] == 7
+
+
 @pytest.mark.parametrize(
     ("value", "reason"), [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (0.0, "zero"), (-0.0, "zero")]
 )
