@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +18,7 @@ _READ_BATCH = 8  # texts that the LLM reads at once
 _DECODED = 200  # sequences decoded at once
 
 Written = TypeVar("Written")
-
-
-class Baseline(NamedTuple):
-    """A system that writes summaries."""
-
-    name: str
-    write: Callable[[], list[str]]  # Writes the n summaries; may take minutes
+Baselines = dict[str, Callable[[], list[str]]]  # name -> what writes the n summaries; it may take minutes
 
 
 def list_baselines(
@@ -36,20 +30,20 @@ def list_baselines(
     rows: Sequence[int],
     config: SummaryTrainingConfig,
     sampling: Sampling | None = None,
-) -> list[Baseline]:
-    """All systems that can summarise `rows` of `dataset`: the adapter of `model` first, then its baselines.
+) -> Baselines:
+    """All systems that can summarise `rows` of `dataset`: the adapter of `model`, TRUE, and then its baselines.
 
     `untrained` has an adapter before its first step. The mean embedding gives one text for all rows. The LLM that
     reads the text is the upper bound. `sampling` adds the best of several candidates. Baselines that need
     `source_text` are left out where a record has none.
     """
     length, vectors, device = config.max_new_tokens, dataset.vectors(rows).numpy(), model.table.device
-    records = {row: dataset.records[row] for row in rows}
+    records = [dataset.records[row] for row in rows]
 
-    def in_batches(size: int, write: Callable[[list[int]], list[Written]], key: Any = None) -> list[Written]:
+    def in_batches(size: int, write: Callable[[list[int]], list[Written]]) -> list[Written]:
         """`write` at most `size` rows of one prompt; the results in the order of `rows`."""
         written: dict[int, Written] = {}
-        for chosen in dataset.bucket(sorted(rows, key=key), size):
+        for chosen in dataset.bucket(rows, size):
             written |= zip(chosen, write(chosen), strict=True)
         return [written[row] for row in rows]
 
@@ -64,15 +58,14 @@ def list_baselines(
         return greedy(model)
 
     def shuffled() -> list[str]:
-        swap = swap_sources([record.source for record in records.values()], config.eval_seed)
-        return [true()[place] for place in swap]
+        return [true()[place] for place in swap_sources([record.source for record in records], config.eval_seed)]
 
     def from_mean(chosen: list[int]) -> list[str]:
         batch = prompts(chosen)._replace(embeddings=model.adapter.mean[None].to(device))
         return model.generate(batch, length) * len(chosen)
 
     def read(chosen: list[int]) -> list[str]:
-        prompt, texts = dataset.prompts[chosen[0]], [records[row].source_text for row in chosen]
+        prompt, texts = dataset.prompts[chosen[0]], [dataset.records[row].source_text for row in chosen]
         room = config.max_seq_length - len(prompt.before) - len(prompt.behind)
         return model.read(texts, prompt, length, max(1, room))
 
@@ -80,19 +73,19 @@ def list_baselines(
         size = max(1, _DECODED // sampling.count)
         return rerank(embed, in_batches(size, lambda rows: model.candidates(prompts(rows), length, sampling)), vectors)
 
-    writers: dict[str, Callable[[], list[str]]] = {
+    baselines: Baselines = {
         TRUE: true,
         SHUFFLED: shuffled,
         "mean embedding": lambda: in_batches(len(rows), from_mean),
         "no training": lambda: greedy(untrained),
     }
-    if all(record.source_text for record in records.values()):
-        writers["first sentence"] = lambda: [first_sentence(record.source_text) for record in records.values()]
-        writers["LLM reads the text"] = lambda: in_batches(_READ_BATCH, read, lambda row: len(records[row].source_text))
-    writers[COPY] = lambda: nearest_summaries(train, vectors)
+    if all(record.source_text for record in records):
+        baselines["first sentence"] = lambda: [first_sentence(record.source_text) for record in records]
+        baselines["LLM reads the text"] = lambda: in_batches(_READ_BATCH, read)
+    baselines[COPY] = lambda: nearest_summaries(train, vectors)
     if sampling:
-        writers[f"best of {sampling.count} candidates"] = lambda: best_of(sampling)
-    return [Baseline(name, write) for name, write in writers.items()]
+        baselines[f"best of {sampling.count} candidates"] = lambda: best_of(sampling)
+    return baselines
 
 
 def first_sentence(text: str) -> str:

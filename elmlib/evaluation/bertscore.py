@@ -18,7 +18,7 @@ import numpy as np
 from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.data.records import build_once, cache_folder
 from elmlib.evaluation.metrics import BERTScores, bertscore_means, check_pairs, quality_metrics
-from elmlib.models.pretrained import locate, public_name, quiet_bars
+from elmlib.models.pretrained import default_device, locate, public_name, quiet_bars
 
 if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 s, too long for `elm --help`
     import torch
@@ -32,8 +32,8 @@ CACHED_REFERENCES = 2048
 MAX_TOKENS = 512
 """Longest text for a tokenizer that has no limit of its own, such as DeBERTa's."""
 MATCH_BATCH = 64
-"""Pairs matched at once, as in `BERTScorer.score`. Scores depend on it: bert_score counts a token whose best cosine is
-negative as 0 where its pair is padded, and as negative where the pair is the longest of its batch."""
+"""Pairs matched at once, as in `BERTScorer.score`. Scores depend on it: a token whose best cosine is negative counts 0
+where its pair is padded."""
 
 _VERSION = 3  # of the cached encodings: raise it where values or layout change
 
@@ -56,8 +56,8 @@ class Encoding(NamedTuple):
 class BERTScoreEvaluator:
     """BERTScore as `bert_score` computes it, without idf weights, each reference encoded once.
 
-    Beyond bert_score: an empty prediction scores 0; a local folder gets the layer, baseline and maximum length of the
-    model that it is a copy of; half-precision weights are computed with in float32, as for the published figures.
+    Beyond bert_score: an empty prediction scores 0; a local copy of a model has its layer and baseline; weights in half
+    precision are computed with in float32, as for the published figures.
     """
 
     def __init__(
@@ -68,10 +68,9 @@ class BERTScoreEvaluator:
         baseline_texts: Sequence[str] = (),
         keep: bool = False,
     ):
-        """`baseline_texts` make the baseline of a model for which `bert_score` ships none; a few hundred are enough.
+        """`baseline_texts`, a few hundred, make the baseline of a model for which `bert_score` ships none.
 
-        `keep` caches the encodings of references and baseline on disk, for the next run on the same data.
-        `device` defaults to CUDA where there is one. Models are loaded by the first call that needs them.
+        `keep` caches the encodings of references and baseline on disk. `device` defaults to CUDA where there is one.
         Raises ValueError for a batch_size below 1 or for fewer than two different baseline texts.
         """
         self.model, self.batch_size = model, batch_size
@@ -89,25 +88,22 @@ class BERTScoreEvaluator:
     ) -> dict[str, float]:
         """`bertscore_means` over all pairs; `return_detailed` adds `quality_metrics` and `bertscore_..._rescaled`.
 
-        Rescaled means are (x - b) / (1 - b), where a baseline b is known. A random pair is about 0 and an empty
-        prediction below 0, so they do not rank models.
+        Rescaled means are (x - b) / (1 - b), where a baseline b is known: about 0 for a random pair, below 0 for an
+        empty prediction, so they do not rank models.
         Raises ValueError for unequal lengths, no pairs, or an empty reference (naming its index).
         """
         means = bertscore_means(self.score_pairs(predictions, references))
         if not return_detailed:
             return means
-        rescaled = {}
-        if self.baseline is not None:
-            for name, base in zip(BERTScores._fields, self.baseline.tolist(), strict=True):
-                rescaled[f"bertscore_{name}_rescaled"] = (means[f"bertscore_{name}"] - base) / (1 - base)
+        bases = () if self.baseline is None else zip(BERTScores._fields, self.baseline.tolist(), strict=True)
+        rescaled = {f"bertscore_{name}_rescaled": (means[f"bertscore_{name}"] - b) / (1 - b) for name, b in bases}
         return means | rescaled | quality_metrics(predictions, references)
 
     def score_pairs(self, predictions: Sequence[str], references: Sequence[str]) -> BERTScores:
         """Raw scores, pair by pair; raises as `evaluate_batch` does."""
         check_pairs(predictions, references)
-        # The shuffled control scores the last call's predictions again. They are reused all or not at all, and apart
-        # from references: which texts share a batch changes the last bits, and the same call must give the same bits
-        # whatever was scored before.
+        # The shuffled control scores the last predictions again. They are reused all or not at all, and apart from
+        # references: which texts share a batch changes the last bits, and equal calls must give equal bits.
         if self._predictions.keys() != {text for text in predictions if text.strip()}:
             self._predictions = self._encode(predictions)
         known = self._references | self._encode_fixed(text for text in references if text not in self._references)
@@ -154,18 +150,17 @@ class BERTScoreEvaluator:
 
     @cached_property
     def encoder_id(self) -> EncoderId:
-        """The encoder that `model` names, read at the layer that bert_score tuned.
+        """The encoder that `model` names, read at the layer that bert_score tuned, or at its last.
 
-        A local copy is the original that its config or its folder names. A model that bert_score does not know is read
-        at its last layer. Raises FileNotFoundError as `locate` does.
+        The config or the folder of a local copy names the original. Raises FileNotFoundError as `locate` does.
         """
         from bert_score.utils import model2layers
         from transformers import AutoConfig
 
         path, name = locate(self.model), public_name(self.model)
-        file, names = Path(path, "config.json"), [name]
-        if file.is_file():
-            names += [str(json.loads(file.read_text(encoding="utf-8")).get("_name_or_path"))]
+        names = [name]
+        if (file := Path(path, "config.json")).is_file():
+            names += [json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")]
             names += [known for known in model2layers if known.rpartition("/")[2] == name]
         for known in names:
             if known in model2layers:
@@ -179,11 +174,11 @@ class BERTScoreEvaluator:
         """Where the encoder runs."""
         import torch
 
-        return torch.device(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(self._device or default_device())
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
-        """The model, cut after its layer, and its tokenizer, by bert_score's loaders without three of their defects."""
+        """The model, cut after its layer, and its tokenizer, by bert_score's loaders without their defects."""
         from bert_score.utils import get_model, get_tokenizer
         from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
@@ -219,10 +214,7 @@ class BERTScoreEvaluator:
         return encodings
 
     def _encode_fixed(self, texts: Iterable[str]) -> dict[str, Encoding]:
-        """Encode texts that every evaluation on the same data needs, with `keep` from the cache on disk.
-
-        The whole set is the key: which texts share a batch changes the last bits, and the same call must give the same.
-        """
+        """`_encode`, with `keep` from the cache on disk: the key is the whole set, for the bits depend on it."""
         from safetensors.torch import load_file, save_file
 
         ordered = sorted({text for text in texts if text.strip()})
@@ -236,8 +228,8 @@ class BERTScoreEvaluator:
 
         def build(folder: Path) -> None:
             encoded = self._encode(ordered)
-            rows = {str(row): encoded[text]._asdict() for row, text in enumerate(ordered)}
-            tensors = {f"{name} {row}": tensor for row, fields in rows.items() for name, tensor in fields.items()}
+            tensors = {f"tokens {row}": encoded[text].tokens for row, text in enumerate(ordered)}
+            tensors |= {f"weights {row}": encoded[text].weights for row, text in enumerate(ordered)}
             save_file(tensors, folder / "encodings.safetensors")
 
         folder = cache_folder() / "bertscore" / hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -264,11 +256,11 @@ class BERTScoreEvaluator:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
+        tokens, weights = (list(rows) for rows in zip(*encodings, strict=True))
+        mask = pad_sequence([torch.ones(len(row)) for row in tokens], batch_first=True).to(self.device)
         # Padding is divided by its norm before the mask removes it, so it must not be 0.
-        tokens = pad_sequence([encoding.tokens for encoding in encodings], batch_first=True, padding_value=2.0)
-        mask = pad_sequence([torch.ones(len(encoding.tokens)) for encoding in encodings], batch_first=True)
-        weights = pad_sequence([encoding.weights for encoding in encodings], batch_first=True)
-        return tokens.to(self.device), mask.to(self.device), weights.to(self.device)
+        padded = pad_sequence(tokens, batch_first=True, padding_value=2.0).to(self.device)
+        return padded, mask, pad_sequence(weights, batch_first=True).to(self.device)
 
 
 def create_evaluator(

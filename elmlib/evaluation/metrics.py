@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from elmlib.evaluation.bertscore import BERTScoreEvaluator
 
 Texts = Sequence[str]
-Embed = Callable[[list[str]], np.ndarray]
-"""Texts to vectors: (n,) -> (n, dim)."""
+Embed = Callable[[list[str]], np.ndarray]  # n texts -> (n, dim)
 
 SHORT_WORDS = 5
 """A prediction of fewer words counts as short."""
@@ -58,11 +57,10 @@ def bertscore_means(scores: BERTScores) -> dict[str, float]:
 def quality_metrics(predictions: Texts, references: Texts) -> dict[str, float]:
     """Figures of the predictions' form; words are separated by white space. Raises as `check_pairs` does.
 
-    length_ratio: mean of words in the prediction / words in its reference. empty_prediction_rate and
-    short_prediction_rate (under 5 words, empty ones too): 0 to 1. avg_unique_token_ratio: mean over non-empty
-    predictions of different words / words, 0 where all are empty. repeated_bigram_rate: mean over predictions of at
-    least two words of the share of word pairs that occur earlier in the same prediction. distinct_prediction_rate:
-    different predictions / predictions; near 0 is mode collapse. avg_..._length: words.
+    length_ratio: mean of words in the prediction / words in its reference. short_prediction_rate: under 5 words, empty
+    ones too. avg_unique_token_ratio: different words / words, mean over non-empty predictions, 0 where all are empty.
+    repeated_bigram_rate: share of word pairs that occur earlier in the same prediction, mean over those of two words
+    or more. distinct_prediction_rate: different predictions / predictions; near 0 is mode collapse. Lengths: words.
     """
     check_pairs(predictions, references)
     words = [text.split() for text in predictions]
@@ -92,10 +90,9 @@ def objective(metrics: dict[str, float]) -> float:
 def swap_sources(sources: Texts, seed: int) -> np.ndarray:
     """For each of n rows, a row of ANOTHER source: the permutation of the shuffled control, (n,).
 
-    Sources are paired at random and swapped; with an odd number of sources the last three rotate. Row j of a source
-    gets row j, modulo their number, of its partner. Under greedy decoding a summary depends on its embedding alone,
-    so `predictions[swap]` are the summaries of the shuffled embeddings, and no second generation is needed.
-    Raises ValueError for fewer than two sources.
+    Sources are paired at random and swapped; of an odd number the last three rotate. Row j of a source gets row j,
+    modulo their number, of its partner. Under greedy decoding a summary depends on its embedding alone: the summaries
+    of shuffled embeddings are `predictions[swap]`. Raises ValueError for fewer than two sources.
     """
     rows: dict[str, list[int]] = {}
     for row, source in enumerate(sources):
@@ -103,14 +100,13 @@ def swap_sources(sources: Texts, seed: int) -> np.ndarray:
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} source; shuffled embeddings need at least 2")
     groups = list(rows.values())
-    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    order = [groups[place] for place in np.random.default_rng(seed).permutation(len(groups))]
     cycles = [order[start : start + 2] for start in range(0, len(order) - 1, 2)]
-    if len(order) % 2:
-        cycles[-1].append(order[-1])
-    swap = np.full(len(sources), -1)
+    cycles[-1] += order[2 * len(cycles) :]
+    swap = np.empty(len(sources), int)
     for cycle in cycles:
         for mine, theirs in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-            swap[groups[mine]] = np.resize(groups[theirs], len(groups[mine]))  # repeats theirs where they are fewer
+            swap[mine] = np.resize(theirs, len(mine))  # repeats theirs where they are fewer
     return swap
 
 
@@ -148,8 +144,7 @@ def score_summaries(
 ) -> SummaryScores:
     """Score n summaries and their shuffled control; `embed` maps texts into the space of `embeddings` (n, dim).
 
-    Each different summary is encoded and embedded once. Raises ValueError as `score_texts` and `embed_texts` do, and
-    where embeddings or sources are not n.
+    Raises ValueError as `score_texts` and `embed_texts` do, and where embeddings or sources are not n.
     """
     if not len(predictions) == len(embeddings) == len(sources):
         raise ValueError(f"{len(predictions)} predictions, {len(embeddings)} embeddings, {len(sources)} sources")
@@ -170,9 +165,7 @@ def embed_texts(embed: Embed, texts: Texts, dim: int) -> np.ndarray:
     different = list(dict.fromkeys(text for text in texts if text.strip()))
     embedded = np.asarray(embed(different), np.float64) if different else np.zeros((0, dim))
     if embedded.shape != (len(different), dim):
-        raise ValueError(
-            f"the embedder gave {embedded.shape} for {len(different)} texts; the embeddings have {dim} columns"
-        )
+        raise ValueError(f"{embedded.shape} vectors of {len(different)} texts; the embeddings have {dim} columns")
     vector_of = dict(zip(different, embedded, strict=True))
     return np.stack([vector_of.get(text, np.zeros(dim)) for text in texts])
 
@@ -198,30 +191,30 @@ class Identification(NamedTuple):
     def figures(self, pool: int = 0) -> dict[str, float]:
         """top_1, top_5, mrr, chance and chance_mrr in pools of `pool` sources; 0 or too many: among all sources.
 
-        A pool holds the own source and pool - 1 others. How many of those rank better is hypergeometric, so the
-        figures are expectations over all pools. top_k: share of summaries whose own source is among the nearest k,
-        0 to 1. mrr: mean reciprocal rank; of rank r among M in pools of N, (1 - C(M-r, N) / C(M, N)) M / (N r).
+        A pool holds the own source and pool - 1 others. How many of those rank better is hypergeometric: the figures
+        are expectations over all pools. top_k: share of summaries whose own source is among the nearest k, 0 to 1.
+        mrr: mean reciprocal rank; of rank r among M in pools of N, (1 - C(M-r, N) / C(M, N)) M / (N r).
         chance and chance_mrr: top_1 and mrr of a summary without information, 1 / N and the mean of 1 / rank.
         """
         total, ranks = self.num_sources, self.ranks
         pool = min(pool or total, total)
         none_as_good = stats.hypergeom.pmf(0, total, ranks, pool)
-        figures = {f"top_{k}": stats.hypergeom.cdf(k - 1, total - 1, ranks - 1, pool - 1).mean() for k in (1, 5)}
+        figures = {f"top_{k}": stats.hypergeom.cdf(k - 1, total - 1, ranks - 1, pool - 1) for k in (1, 5)}
         if pool == total:  # one pool only: exact shares, without the distribution's rounding
-            figures = {f"top_{k}": (ranks <= k).mean() for k in (1, 5)}
-        figures |= {"mrr": ((1 - none_as_good) * total / (pool * ranks)).mean()}
-        figures |= {"chance": 1 / pool, "chance_mrr": (1 / np.arange(1, pool + 1)).mean()}
-        return {name: float(value) for name, value in figures.items()}
+            figures = {f"top_{k}": ranks <= k for k in (1, 5)}
+        figures |= {"mrr": (1 - none_as_good) * total / (pool * ranks)}
+        figures |= {"chance": 1 / pool, "chance_mrr": 1 / np.arange(1, pool + 1)}
+        return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
 def identify_sources(
     summaries: np.ndarray, targets: np.ndarray, sources: Texts, rows: Sequence[int] | None = None
 ) -> Identification:
-    """Rank each summary's own target among the targets of all sources, by cosine.
+    """Rank the own target of each summary among the targets of all sources, by cosine.
 
-    summaries (n, dim); targets (m, dim), which may be more than the summaries' own; `sources` (m,) names the source of
-    each target, and targets of one source do not compete. `rows` (n,) are the summaries' own targets, by default the
-    same rows. An all-zero summary (an empty text) ranks last. Raises ValueError for fewer than two sources.
+    summaries (n, dim), targets (m, dim); `sources` (m,) names the source of each target, and targets of one source do
+    not compete. `rows` (n,) are the summaries' own targets, by default the same rows. An all-zero summary (an empty
+    text) ranks last. Raises ValueError for fewer than two sources.
     """
     own = np.arange(len(targets)) if rows is None else np.asarray(rows)
     assert len(own) == len(summaries) and len(sources) == len(targets), (len(own), summaries.shape, targets.shape)
@@ -262,13 +255,10 @@ def permutation_p(first: np.ndarray, second: np.ndarray, seed: int = 0) -> float
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"{len(first)} and {len(second)} values; a paired test needs as many of each, at least two")
-
-    def mean_difference(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean(first - second, axis=axis)
-
-    settings = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": _RESAMPLED, "vectorized": True}
     pairs = (np.asarray(first, np.float64), np.asarray(second, np.float64))
-    return float(stats.permutation_test(pairs, mean_difference, rng=np.random.default_rng(seed), **settings).pvalue)
+    settings = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": _RESAMPLED, "vectorized": True}
+    settings |= {"rng": np.random.default_rng(seed)}
+    return float(stats.permutation_test(pairs, lambda a, b, axis: np.mean(a - b, axis=axis), **settings).pvalue)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

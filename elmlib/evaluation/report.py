@@ -15,26 +15,15 @@ import orjson
 from tqdm.auto import tqdm
 
 from elmlib.data.records import atomic_path, parse_line, read_lines
-from elmlib.evaluation.metrics import (
-    COPY,
-    POOL,
-    TRUE,
-    Embed,
-    bertscore_means,
-    bootstrap_interval,
-    cosine_rows,
-    embed_texts,
-    identify_sources,
-    permutation_p,
-    quality_metrics,
-)
+from elmlib.evaluation import metrics
+from elmlib.evaluation.metrics import COPY, POOL, SHUFFLED, TRUE, Embed
 
 if TYPE_CHECKING:
     import pandas
     import torch
 
     from elmlib.data.dataset import SummaryDataset
-    from elmlib.evaluation.baselines import Baseline
+    from elmlib.evaluation.baselines import Baselines
     from elmlib.evaluation.bertscore import BERTScoreEvaluator
     from elmlib.models.elm import Sampling
 
@@ -59,10 +48,8 @@ _LABELS = {
     "repeated_bigram_rate": "repeated bigrams",
     "distinct_prediction_rate": "distinct summaries",
 }
-_COMMON = (
-    *("llm_model_name", "embedding_model_name", "embedding_dim", "bertscore_model"),
-    *("soft_token_position", "max_new_tokens"),
-)
+_MODELS = ("llm_model_name", "embedding_model_name", "embedding_dim", "bertscore_model")
+_COMMON = (*_MODELS, "soft_token_position", "max_new_tokens")  # to adapters that are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +59,11 @@ class Report:
     frame: "pandas.DataFrame"
     """One row a system.
 
-    `..._low` and `..._high` are the ends of 95 % bootstrap intervals of the mean. bertscore_f1 is raw.
-    semantic_consistency: cosine of the re-embedded summary and the source vector, 0 for an empty one. p_value: of the
-    paired permutation test that F1 equals the adapter's, 1 for the adapter itself; p_copy: the same against the nearest
-    training neighbour's summary, NaN where that is not in the report. reference_ and source_: `Identification.figures`
-    of the own reference summary and of the own source embedding in pools of `POOL`, with `all_` in the whole split.
+    `..._low` and `..._high`: 95 % bootstrap interval of the mean. bertscore_f1 is raw. semantic_consistency: cosine of
+    the re-embedded summary and the source vector, 0 for an empty one. p_value, p_copy: paired permutation test that F1
+    equals that of the adapter, or of the nearest training neighbour's summary (NaN where it is not in the report).
+    reference_ and source_: `Identification.figures` of the own reference summary and of the own source embedding in
+    pools of `POOL`, with all_ in the whole split. Then `quality_metrics`.
     """
     texts: list[dict[str, Any]]  # One a text: source_id, reference, and by system `summaries` and `bertscore_f1`
 
@@ -96,27 +83,34 @@ class Report:
         `p` is against the adapter, `p copy` against the nearest training neighbour's summary. top-1, top-5, MRR and
         source are in pools of `POOL` sources, top-1 of N is among the whole split.
         """
+        import pandas
+
         frame, first = self.frame, self.frame.iloc[0]
         pool, total = (round(1 / first[f"{name}_chance"]) for name in ("reference", "reference_all"))
-        columns = {"p": ("p_value", 4), "p copy": ("p_copy", 4), "top-1": ("reference_top_1", 2)}
-        columns |= {"top-5": ("reference_top_5", 2), "MRR": ("reference_mrr", 2), "source": ("source_top_1", 2)}
-        columns |= {f"top-1 of {total}": ("reference_all_top_1", 3), "consistency": ("semantic_consistency", 3)}
-        intervals = frame[["bertscore_f1", "bertscore_f1_low", "bertscore_f1_high"]].itertuples(index=False)
-        shown = frame[[]].assign(
-            **{"F1 [95%]": [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in intervals]}
-        )
-        for name, (column, digits) in columns.items():
-            shown[name] = frame[column].map(f"{{:.{digits}f}}".format)
+        two, three, four = "{:.2f}".format, "{:.3f}".format, "{:.4f}".format
+        means, lows, highs = (frame[f"bertscore_f1{end}"].map(three) for end in ("", "_low", "_high"))
+        columns = {
+            "F1 [95%]": means + " [" + lows + ", " + highs + "]",
+            "p": frame.p_value.map(four),
+            "p copy": frame.p_copy.map(four),
+            "top-1": frame.reference_top_1.map(two),
+            "top-5": frame.reference_top_5.map(two),
+            "MRR": frame.reference_mrr.map(two),
+            "source": frame.source_top_1.map(two),
+            f"top-1 of {total}": frame.reference_all_top_1.map(three),
+            "consistency": frame.semantic_consistency.map(three),
+        }
+        shown = pandas.DataFrame(columns)
         shown.loc[frame.index[0], "p"] = ""  # of a test against itself
         shown.loc[frame.p_copy.isna() | (frame.index == COPY), "p copy"] = ""
-        chance = [first.reference_chance, min(1.0, 5 * first.reference_chance), first.reference_chance_mrr]
-        texts = [f"{value:.2f}" for value in (*chance, first.source_chance)]
-        shown.loc[f"chance, 1 of {pool}"] = ["", "", "", *texts, f"{first.reference_all_chance:.3f}", ""]
+        chance = first.reference_chance, min(1.0, 5 * first.reference_chance), first.reference_chance_mrr
+        texts = map(two, (*chance, first.source_chance))
+        shown.loc[f"chance, 1 of {pool}"] = ["", "", "", *texts, three(first.reference_all_chance), ""]
         return shown.rename_axis("")
 
 
 def score_baselines(
-    baselines: Sequence["Baseline"],
+    baselines: "Baselines",
     evaluator: "BERTScoreEvaluator",
     embed: Embed,
     dataset: "SummaryDataset",
@@ -131,35 +125,37 @@ def score_baselines(
 
     every = [record.target_text for record in dataset.records]
     embeddings = dataset.vectors(range(len(dataset))).numpy()
-    targets = {"reference": embed_texts(embed, every, embeddings.shape[1]), "source": embeddings}
+    targets = {"reference": metrics.embed_texts(embed, every, embeddings.shape[1]), "source": embeddings}
     sources, references = [str(source) for source in dataset.sources], [every[row] for row in rows]
-    texts: list[dict[str, Any]] = [
-        {"source_id": dataset.records[row].source, "reference": every[row], "summaries": {}, "bertscore_f1": {}}
-        for row in rows
-    ]
     systems: list[dict[str, Any]] = []
+    summaries: dict[str, list[str]] = {}
     f1: dict[str, np.ndarray] = {}
-    for number, (name, write) in enumerate(tqdm(baselines, desc="report", unit="system"), start=1):
+    for number, (name, write) in enumerate(tqdm(baselines.items(), desc="report", unit="system"), start=1):
         logger.info("report, %d of %d: %s", number, len(baselines), name)
-        predictions = write()
+        predictions = summaries[name] = write()
         scores = evaluator.score_pairs(predictions, references)
-        vectors = embed_texts(embed, predictions, embeddings.shape[1])
+        vectors = metrics.embed_texts(embed, predictions, embeddings.shape[1])
         f1[name] = scores.f1
-        row = {"system": name, "bertscore_composite": bertscore_means(scores)["bertscore_composite"]}
-        consistency = cosine_rows(vectors, embeddings[rows])
+        composite = metrics.bertscore_means(scores)["bertscore_composite"]
+        line: dict[str, Any] = {"system": name, "bertscore_composite": composite}
+        consistency = metrics.cosine_rows(vectors, embeddings[rows])
         for column, values in (("bertscore_f1", scores.f1), ("semantic_consistency", consistency)):
-            row |= zip((column, f"{column}_low", f"{column}_high"), bootstrap_interval(values), strict=True)
-        row |= {"p_value": permutation_p(scores.f1, next(iter(f1.values()))) if systems else 1.0, "p_copy": np.nan}
+            line |= zip((column, f"{column}_low", f"{column}_high"), metrics.bootstrap_interval(values), strict=True)
+        line |= {"p_value": np.nan, "p_copy": np.nan}  # below
         for target, pool in targets.items():
-            ranks = identify_sources(vectors, pool, sources, rows)
+            ranks = metrics.identify_sources(vectors, pool, sources, rows)
             for prefix, figures in ((target, ranks.figures(POOL)), (f"{target}_all", ranks.figures())):
-                row |= {f"{prefix}_{figure}": value for figure, value in figures.items()}
-        systems.append(row | quality_metrics(predictions, references))
-        for text, prediction, value in zip(texts, predictions, scores.f1.tolist(), strict=True):
-            text["summaries"][name], text["bertscore_f1"][name] = prediction, value
+                line |= {f"{prefix}_{figure}": value for figure, value in figures.items()}
+        systems.append(line | metrics.quality_metrics(predictions, references))
     frame = pandas.DataFrame(systems).set_index("system")
-    if COPY in f1:
-        frame["p_copy"] = [permutation_p(values, f1[COPY]) for values in f1.values()]
+    for column, other in (("p_value", next(iter(f1))), ("p_copy", COPY)):
+        if other in f1:
+            frame[column] = [metrics.permutation_p(values, f1[other]) for values in f1.values()]
+    texts: list[dict[str, Any]] = []
+    for place, row in enumerate(rows):
+        text = {"source_id": dataset.records[row].source, "reference": every[row]}
+        written = {name: summaries[name][place] for name in summaries}
+        texts.append(text | {"summaries": written, "bertscore_f1": {name: f1[name][place].item() for name in f1}})
     return Report(frame, texts)
 
 
@@ -168,10 +164,9 @@ def score_checkpoint(
 ) -> Report:
     """Score an adapter file and its baselines on a seeded sample of a split; 0 `samples` take the whole split.
 
-    `split` is `train`, `val` or `test`; `sampling` adds the best of several candidates. Raises FileNotFoundError and
-    ValueError as loading data and adapter does.
+    `sampling` adds the best of several candidates. Raises FileNotFoundError and ValueError as loading the data does.
     """
-    return _score({TRUE: checkpoint}, data_dir, split, samples, device, sampling, every_baseline=True)
+    return _score({TRUE: checkpoint}, data_dir, split, samples, device, sampling, True)
 
 
 def score_adapters(
@@ -224,14 +219,16 @@ def _score(
 
     references = [train.records[row].target_text for row in train.subset(BASELINE_TEXTS, config.eval_seed)]
     evaluator = create_evaluator(config, references, evaluation_device)
-    baselines: list[Baseline] = []
+    baselines: Baselines = {}
     for name, file in files.items():
         adapter = make_adapter(file.config, model.table)
         adapter.load_state_dict(file.weights)
         trained = model.with_adapter(adapter.to(device).eval())
         untrained = model.with_adapter(warm_started_adapter(file.config, warm_start, model.table).eval())
-        own, *others = list_baselines(trained, untrained, embed, train, dataset, rows, config, sampling)
-        baselines += [own._replace(name=name), *(others if every_baseline else others[: not baselines])]
+        found = list_baselines(trained, untrained, embed, train, dataset, rows, config, sampling)
+        if not every_baseline:
+            found = {name: found[TRUE]} | ({} if baselines else {SHUFFLED: found[SHUFFLED]})
+        baselines |= found
     return score_baselines(baselines, evaluator, embed, dataset, rows)
 
 

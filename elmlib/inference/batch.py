@@ -45,14 +45,13 @@ def generate_file(
     length = max_new_tokens or config.max_new_tokens
     records = None if source.suffix == ".safetensors" else find_records(source)
     with EmbeddingFile(embeddings or data.find_embeddings(records) if records else source) as vectors:
-        if vectors.dim != config.embedding_dim:
-            raise ValueError(
-                f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {config.embedding_dim} "
-                f"(from {config.embedding_model_name})"
-            )
-        made_by, model = vectors.metadata.get("embedding_model"), config.embedding_model_name
-        if made_by and public_name(made_by) != public_name(model):
-            raise ValueError(f"{vectors.path} holds vectors of {made_by}; {checkpoint} reads vectors of {model}")
+        model, size = config.embedding_model_name, config.embedding_dim
+        made_by = vectors.metadata.get("embedding_model", model)
+        there = f"{vectors.path} holds vectors of"
+        if vectors.dim != size:
+            raise ValueError(f"{there} size {vectors.dim}; {checkpoint} reads {size} (from {model})")
+        if public_name(made_by) != public_name(model):
+            raise ValueError(f"{there} {made_by}; {checkpoint} reads vectors of {model}")
         requests = _read_requests(records, vectors)
         files = {"checkpoint": checkpoint, "records": records, "embeddings": vectors.path}
         made_from: dict[str, Any] = {name: data.file_digest(path)[:16] for name, path in files.items() if path}
@@ -60,6 +59,8 @@ def generate_file(
         done = _resume_output(output, made_from)
         # The LLM takes longest to load: only now is it known that it is needed.
         elm = Elm.from_pretrained(checkpoint, device=device)
+        if sampling:
+            elm.embed(["a text"])  # an embedder that is missing fails before anything is written
         with (
             open(output, "ab") as file,
             tqdm(total=len(requests), initial=done, desc="generate", unit="summary", disable=not progress) as bar,
@@ -107,9 +108,10 @@ def _read_requests(records: Path | None, vectors: EmbeddingFile) -> list[tuple[i
 
     Raises ValueError for a bad record, or for a row that is used and not finite or zero.
     """
-    requests = [(row, data.TASK_TEMPLATES["summary"], "") for row in range(0 if records else vectors.num_rows)]
-    for record in read_records(records, vectors.num_rows) if records else ():
-        requests.append((record.embedding_index, record.input_prompt_template, record.source_id))
+    requests = [(row, data.TASK_TEMPLATES["summary"], "") for row in range(vectors.num_rows)]
+    if records:
+        read = read_records(records, vectors.num_rows)
+        requests = [(record.embedding_index, record.input_prompt_template, record.source_id) for record in read]
     used = np.unique([row for row, _, _ in requests])
     for start in range(0, vectors.num_rows, _CHECKED):
         rows = used[(start <= used) & (used < start + _CHECKED)]
@@ -125,18 +127,16 @@ def _answer(
     elm: Elm, chunk: list[tuple[int, str, str]], vectors: EmbeddingFile, length: int, sampling: Sampling | None
 ) -> list[dict[str, Any]]:
     """The output lines of `chunk`; each embedding under each prompt is generated once."""
-    fields: dict[tuple[int, str], dict[str, str]] = {}
-    for template in dict.fromkeys(template for _, template, _ in chunk):
-        rows = list(dict.fromkeys(row for row, other, _ in chunk if other == template))
+    fields: dict[tuple[int, str], dict[str, str]] = {(row, template): {} for row, template, _ in chunk}
+    for template in dict.fromkeys(template for _, template in fields):
+        rows = [row for row, other in fields if other == template]
         own = np.concatenate([vectors.rows(row, row + 1) for row in rows])
-        texts = {"prediction": elm.summarize(own, length, task=template, batch_size=len(rows))}
+        for row, text in zip(rows, elm.summarize(own, length, None, template, len(rows)), strict=True):
+            fields[row, template]["prediction"] = text
         if sampling:
-            texts["best_candidate"] = elm.summarize(own, length, sampling, template, len(rows))
-        for row, values in zip(rows, zip(*texts.values(), strict=True), strict=True):
-            fields[row, template] = dict(zip(texts, values, strict=True))
-    return [
-        {"source_id": source_id, "embedding_index": row} | fields[row, template] for row, template, source_id in chunk
-    ]
+            for row, text in zip(rows, elm.summarize(own, length, sampling, template, len(rows)), strict=True):
+                fields[row, template]["best_candidate"] = text
+    return [{"source_id": name, "embedding_index": row} | fields[row, template] for row, template, name in chunk]
 
 
 def _resume_output(output: Path, made_from: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from sentence_transformers.util import cos_sim
+from sentence_transformers.util import cos_sim, semantic_search
 
 from elmlib.data.dataset import load_split
 from elmlib.data.records import EmbeddingFile
@@ -64,7 +64,7 @@ class Explorer:
         return Question(self.vectors[row], record.target_text, record.source_text, self.vectors[self.swap[row]])
 
     def text_question(self, text: str) -> Question:
-        """The question about a new text; its control is the vector of a text of the split."""
+        """The question about a new text; its control is a vector of the split."""
         if not text.strip():
             raise ValueError("the text is empty; type one")
         return Question(self.elm.embed([text])[0], "", text, self.vectors[self.swap[0]])
@@ -79,10 +79,10 @@ class Explorer:
         top_p: float = 0.95,
         candidates: int = 8,
     ) -> Iterator[str]:
-        """The summary of `vector` (embedding_dim,) after each token; of beams and candidates the whole one.
+        """The summary of `vector` (embedding_dim,) after each token; with BEAMS and BEST_OF only the whole one.
 
-        `decoding` is GREEDY, BEAMS, SAMPLED or BEST_OF: of several samples that whose re-embedding is nearest to the
-        vector. Each takes of the other settings those that it needs; `tokens` is the most.
+        `decoding` is GREEDY, BEAMS, SAMPLED or BEST_OF and takes of the other settings what it needs. BEST_OF: the
+        candidate whose re-embedding is nearest to the vector.
         """
         batch, model = self.elm.batch(vector[None]), self.elm.model
         if decoding == BEAMS:
@@ -106,17 +106,16 @@ class Explorer:
         """The `count` training texts nearest to `vector` (embedding_dim,): similarity (cosine), source_id, summary."""
         import pandas
 
-        similarity = cos_sim(torch.from_numpy(vector), self.train.vectors(range(len(self.train))))[0]
-        nearest = similarity.topk(min(count, len(similarity)))
-        records = [self.train.records[row] for row in nearest.indices.tolist()]
-        columns = {"source_id": [it.source for it in records], "summary": [it.target_text for it in records]}
-        return pandas.DataFrame({"similarity": nearest.values.tolist()} | columns)
+        train = self.train.vectors(range(len(self.train)))
+        (hits,) = semantic_search(torch.from_numpy(vector[None]), train, top_k=count)
+        rows = [(hit["score"], self.train.records[int(hit["corpus_id"])]) for hit in hits]
+        nearest = [(score, record.source, record.target_text) for score, record in rows]
+        return pandas.DataFrame(nearest, columns=["similarity", "source_id", "summary"])
 
     def answer(self, question: Question, **decoding: Any) -> Iterator[list[tuple[str, str]]]:
         """The rows (name, value) of a card: the summary after each token, and last all that it is compared with.
 
-        That is the similarity, the reference, the summaries of the shuffled control and of the mean training vector,
-        the nearest training texts and the text. Raises ValueError for a vector of another size, zero or not finite.
+        Raises ValueError for a vector of another size, zero or not finite.
         """
         vector, text = question.vector, ""
         for text in self.stream(vector, **decoding):
@@ -186,12 +185,9 @@ class Explorer:
 
 def _table(rows: list[tuple[str, str]]) -> str:
     """An HTML table of names and values, the summary in bold."""
-    cells = (
-        f"<tr><td style='vertical-align:top;padding-right:1em;color:#666'>{escape(name)}</td>"
-        f"<td style='white-space:pre-wrap{';font-weight:bold' if name == 'summary' else ''}'>{escape(value[:1500])}"
-        "</td></tr>"
-        for name, value in rows
-    )
+    cell = "<tr><td style='vertical-align:top;padding-right:1em;color:#666'>{}<td style='white-space:pre-wrap{}'>{}"
+    bold = {"summary": ";font-weight:bold"}
+    cells = (cell.format(escape(name), bold.get(name, ""), escape(value[:1500])) for name, value in rows)
     return f"<table class='elm-card'>{''.join(cells)}</table>"
 
 

@@ -40,10 +40,7 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
     def __init__(
         self, model: SoftTokenModel, file: AdapterFile, embedder_name: str, device: torch.device, about: dict[str, Any]
     ):
-        """`about`: what `save_pretrained` writes into config.json, or nothing.
-
-        Its revisions are commits of the hub, versions of wheels, or empty for folders.
-        """
+        """`about`: what `save_pretrained` writes into config.json; revisions are hub commits or versions of wheels."""
         self.model, self.file, self.embedder_name, self.device, self.about = model, file, embedder_name, device, about
         self.metrics: dict[str, Any] = about.get("metrics", {})
 

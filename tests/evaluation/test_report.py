@@ -13,7 +13,6 @@ from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset
 from elmlib.data.prompts import PromptIds
 from elmlib.data.records import Record
-from elmlib.evaluation.baselines import Baseline
 from elmlib.evaluation.metrics import COPY, SHUFFLED, TRUE, BERTScores, Identification
 from elmlib.evaluation.report import (
     Report,
@@ -100,7 +99,7 @@ def test_a_scorecard_ranks_in_pools_and_among_the_whole_split(monkeypatch: pytes
         embedded.append(texts)
         return np.stack([vectors[text] for text in texts])
 
-    systems = [Baseline("adapter", lambda: predictions), Baseline("copy", lambda: [references[row] for row in rows])]
+    systems = {"adapter": lambda: predictions, "copy": lambda: [references[row] for row in rows]}
     card = score_baselines(systems, ShortCut(), embed, make_dataset(references, embeddings, sources), rows)
     assert embedded[0] == references and len(embedded) == 3  # the split's references once, then each system's own
     given = np.stack([vectors[text] if text else np.zeros(6) for text in predictions])
@@ -122,7 +121,7 @@ def test_a_scorecard_ranks_in_pools_and_among_the_whole_split(monkeypatch: pytes
 
 def test_score_baselines_logs_every_system(caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a b c d e", "f g h i j"]
-    baselines = [Baseline(name, lambda: texts) for name in ("first", "second")]
+    baselines = {name: lambda: texts for name in ("first", "second")}
     dataset = make_dataset(texts, np.eye(2), ["x", "y"])
     with caplog.at_level("INFO", logger="elmlib"):
         score_baselines(baselines, ShortCut(), lambda given: np.eye(2)[: len(given)], dataset, [0, 1])
