@@ -26,14 +26,11 @@ if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 
 
 logger = logging.getLogger(__name__)
 
-BASELINE_TEXTS, BASELINE_PAIRS = 1000, 1000
-"""Training targets from which the baseline is made, and random pairs of them. Equal texts give equal baselines."""
+BASELINE_TEXTS, BASELINE_PAIRS = 1000, 1000  # training targets that make the baseline, and random pairs of them
 CACHED_REFERENCES = 2048
-MAX_TOKENS = 512
-"""Longest text for a tokenizer that has no limit of its own, such as DeBERTa's."""
+MAX_TOKENS = 512  # of a text for a tokenizer that has no limit of its own, such as DeBERTa's
+# Pairs matched at once, as in `BERTScorer.score`: a token whose best cosine is negative counts 0 where padding is.
 MATCH_BATCH = 64
-"""Pairs matched at once, as in `BERTScorer.score`. Scores depend on it: a token whose best cosine is negative counts 0
-where its pair is padded."""
 
 _VERSION = 3  # of the cached encodings: raise it where values or layout change
 

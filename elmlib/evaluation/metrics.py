@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 Texts = Sequence[str]
 Embed = Callable[[list[str]], np.ndarray]  # n texts -> (n, dim)
 
-SHORT_WORDS = 5
-"""A prediction of fewer words counts as short."""
-POOL = 100
-"""Sources in one identification task, so that figures of splits of any size can be compared."""
-RESAMPLES = 10_000
-"""Of every bootstrap and permutation test."""
-TRUE, SHUFFLED, COPY = "true embeddings", "shuffled embeddings", "nearest training neighbour"
-"""Names of rows in every report."""
-
+SHORT_WORDS = 5  # a prediction of fewer words counts as short
+POOL = 100  # sources in one identification task: figures of splits of any size can be compared
+RESAMPLES = 10_000  # of every bootstrap and permutation test
+TRUE, SHUFFLED, COPY = "true embeddings", "shuffled embeddings", "nearest training neighbour"  # rows of every report
 _COMPARED, _RESAMPLED = 512, 500  # summaries compared with the targets, and resamples in memory, at once
 
 
@@ -128,8 +123,7 @@ class SummaryScores(NamedTuple):
 
     metrics: dict[str, float]  # What `score_texts` gives, drift_similarity and drift_similarity_shuffled
     pairs: BERTScores
-    drift: np.ndarray
-    """(n,): cosine of the re-embedded summary and its source embedding, -1 to 1; 0 for an empty summary."""
+    drift: np.ndarray  # (n,) cosine of the re-embedded summary and its source embedding; 0 for an empty summary
     vectors: np.ndarray  # (n, dim) the re-embedded summaries; all zero for an empty one
 
 

@@ -35,8 +35,7 @@ class Question(NamedTuple):
     vector: np.ndarray
     reference: str = ""
     text: str = ""
-    other: np.ndarray | None = None
-    """The shuffled control: the vector of another source, for which the summary must differ."""
+    other: np.ndarray | None = None  # the shuffled control: the vector of another source
 
 
 class Explorer:
