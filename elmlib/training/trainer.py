@@ -39,8 +39,7 @@ class TrainResult(NamedTuple):
 
     best: Path  # `best_summary_model.safetensors`, best by BERTScore composite
     last: Path  # The last step checkpoint
-    metrics: dict[str, float]
-    """The best evaluation's figures beside their controls, times and trained parameters; also in result.json."""
+    metrics: dict[str, float]  # the best evaluation's figures beside their controls, times, size; also in result.json
     stopped: str  # Why the run was stopped early; empty where it was not
 
 

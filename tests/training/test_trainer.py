@@ -22,6 +22,7 @@ from elmlib.training.loggers import MetricsRow, read_metrics
 from elmlib.training.losses import Predictions, compute_losses
 from elmlib.training.setup import build_components
 from elmlib.training.trainer import UnstableTrainingError, train
+from elmlib.training.validation import Validation
 from elmlib.training.validation import drift_warning
 
 
@@ -173,7 +174,7 @@ def test_early_stopping_counts_epochs_without_a_better_composite(
 ) -> None:
     real, composites = trainer.validate, iter([0.5, 0.6] + [0.4] * 100)
 
-    def scripted(*arguments: object) -> trainer.Validation:
+    def scripted(*arguments: object) -> Validation:
         result = real(*arguments)
         result.scores.metrics["bertscore_composite"] = next(composites)
         return result
@@ -188,7 +189,7 @@ def evaluations(nlls: list[float], composites: list[float], monkeypatch: pytest.
     """Script what each evaluation finds."""
     real, scripted = trainer.validate, iter(zip(nlls, composites, strict=True))
 
-    def validate(*arguments: object) -> trainer.Validation:
+    def validate(*arguments: object) -> Validation:
         nll, composite = next(scripted)
         result = real(*arguments)
         result.scores.metrics["bertscore_composite"] = composite
