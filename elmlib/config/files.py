@@ -38,10 +38,8 @@ def require(config: Any, low: float, *names: str, high: float = float("inf")) ->
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON or (`.yaml`, `.yml`) YAML file.
-
-    Raises FileNotFoundError for no such file, and ValueError, naming it, for one that is broken or holds no mapping.
-    """
+    """The settings in a JSON or (`.yaml`, `.yml`) YAML file. Raises FileNotFoundError for no such file, and ValueError,
+    naming it, for one that is broken or holds no mapping."""
     import yaml
 
     path = Path(path)
@@ -64,10 +62,8 @@ def preset_settings(preset: str, config: type[Any]) -> dict[str, Any]:
 
 
 def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`values` with text turned into paths and lists into tuples where the dataclass `config` has those types.
-
-    Raises ValueError, naming `origin`, for a setting that `config` does not have or that has another type.
-    """
+    """`values` with text turned into paths and lists into tuples where the dataclass `config` has those types. Raises
+    ValueError, naming `origin`, for a setting that `config` does not have or that has another type."""
     hints = typing.get_type_hints(config)
     if unknown := sorted(set(values) - set(hints)):
         raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(hints)}")
@@ -84,10 +80,8 @@ def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> di
 
 
 def make_config(config: type[Config], values: dict[str, Any], origin: str = "settings") -> Config:
-    """The dataclass `config` of plain values, as JSON and YAML have them.
-
-    Raises ValueError, naming `origin`, as `check_settings` does and for a value out of range.
-    """
+    """The dataclass `config` of plain values, as JSON and YAML have them. Raises ValueError, naming `origin`, as
+    `check_settings` does and for a value out of range."""
     checked = check_settings(config, values, origin)
     try:
         return config(**checked)

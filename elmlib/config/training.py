@@ -154,34 +154,26 @@ class SummaryTrainingConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide which adapter comes out; paths, hardware and tracking are left out.
-
-        Data are known by their fingerprint, not by their path.
-        """
+        """The settings that decide which adapter comes out; paths, hardware and tracking are left out. Data are known
+        by their fingerprint, not by their path."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read a config written by `to_json` or by hand; fields that it lacks take their defaults.
-
-        Raises as `read_settings` and `from_dict` do.
-        """
+        """Read a config written by `to_json` or by hand; fields that it lacks take their defaults. Raises as
+        `read_settings` and `from_dict` do."""
         return cls.from_dict(read_settings(path), origin=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "settings") -> Self:
         """Make a config from plain values, those of earlier versions of elmlib too, which are read with a warning.
-
-        Raises ValueError, naming `origin`, for a setting that is unknown, mistyped or out of range.
-        """
+        Raises ValueError, naming `origin`, for a setting that is unknown, mistyped or out of range."""
         return make_config(cls, _renamed(values, origin), origin)
 
 
 def base_config(preset: str = "", path: Path | None = None) -> SummaryTrainingConfig:
-    """The defaults of a training run, changed by `preset` and then by the settings file at `path`.
-
-    Raises FileNotFoundError for no such file and ValueError, naming it, for an unknown or bad setting in it.
-    """
+    """The defaults of a training run, changed by `preset` and then by the settings file at `path`. Raises
+    FileNotFoundError for no such file and ValueError, naming it, for an unknown or bad setting in it."""
     values = preset_settings(preset, SummaryTrainingConfig) | (read_settings(path) if path else {})
     return SummaryTrainingConfig.from_dict(values, origin=str(path) if path else preset)
 

@@ -58,11 +58,9 @@ class CorpusReport:
 
 
 def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> CorpusReport:
-    """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are.
-
-    `embed` turns texts into float32 rows. A stopped build resumes at the first batch that was not stored.
-    Raises FileNotFoundError or ValueError for a bad source, an empty split and a vector that is not finite or all zero.
-    """
+    """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are. `embed` turns texts
+    into float32 rows. A stopped build resumes at the first batch that was not stored. Raises FileNotFoundError or
+    ValueError for a bad source, an empty split and a vector that is not finite or all zero."""
     found, skipped = read_source(config, progress)
     pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
     if 0 < config.limit < len(pairs):
@@ -96,10 +94,8 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
 
 
 def drop_duplicates(pairs: Iterable[Pair], opening: int | None = None) -> tuple[list[Pair], int]:
-    """Pairs sorted by source_id, without repeated texts and summaries, and the number of what was dropped.
-
-    Case and white space are ignored. `opening`: compare only so many characters of the texts, None for all.
-    """
+    """Pairs sorted by source_id, without repeated texts and summaries, and the number of what was dropped. Case and
+    white space are ignored. `opening`: compare only so many characters of the texts, None for all."""
     texts: set[str] = set()
     summaries: set[str] = set()
     kept: list[Pair] = []
@@ -148,11 +144,9 @@ def _digest(values: list[Any]) -> str:
 
 
 def pair_records(pair: Pair, row: int) -> Iterator[Record]:
-    """All records of a pair; they share embedding `row`.
-
-    temperature 0 and top_p 1: people wrote the targets, nothing was sampled. token_count counts words and punctuation
-    marks, because the LLM, and so its tokenizer, is chosen later.
-    """
+    """All records of a pair; they share embedding `row`. temperature 0 and top_p 1: people wrote the targets, nothing
+    was sampled. token_count counts words and punctuation marks, because the LLM, and so its tokenizer, is chosen
+    later."""
     targets = [("summary", variation, summary) for variation, summary in enumerate(pair.summaries)]
     targets += [("keywords", 0, ", ".join(pair.keywords)), ("category", 0, pair.category)]
     for task, variation, target in targets:

@@ -140,9 +140,7 @@ def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
 
 def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> SummaryDataset:
     """Read, check and tokenise one split of `config.summary_data_path`; `train_rows` takes a sample of the train split.
-
-    Raises FileNotFoundError and ValueError that name the file, and the line of a bad record.
-    """
+    Raises FileNotFoundError and ValueError that name the file, and the line of a bad record."""
     paths = locate_split(config, split)
     with EmbeddingFile(paths.embeddings) as file:
         records = list(read_records(paths.records, file.num_rows))
@@ -195,11 +193,9 @@ def _fingerprint(paths: SplitPaths) -> str:
 
 
 def epoch_batches(split: SummaryDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, a pure function of seed and epoch, so that a resumed run gets the same ones.
-
-    Rows are shuffled, sorted by answer length within chunks of 64 batches, and the batches are shuffled again: rows of
-    similar length share a batch (little padding), and the batches differ from epoch to epoch.
-    """
+    """The batches of one epoch, a pure function of seed and epoch, so that a resumed run gets the same ones. Rows are
+    shuffled, sorted by answer length within chunks of 64 batches, and the batches are shuffled again: rows of similar
+    length share a batch (little padding), and the batches differ from epoch to epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator).tolist()
     chunk = 64 * batch_size

@@ -25,10 +25,8 @@ class PromptIds(NamedTuple):
 
     def around(self, position: SoftTokenPosition) -> tuple[list[int], list[int]]:
         """The tokens before the soft tokens, equal for all rows and so computed once, and those up to the answer.
-
         `before_answer`: the slot stays empty and nothing stands between soft tokens and answer, which makes a row a
-        third shorter. `in_prompt`: the soft tokens take the place of the text.
-        """
+        third shorter. `in_prompt`: the soft tokens take the place of the text."""
         return (self.before + self.behind, []) if position == "before_answer" else (self.before, self.behind)
 
 
@@ -39,10 +37,8 @@ def check_template(template: str) -> None:
 
 
 def prompt_ids(tokenizer: Any, template: str) -> PromptIds:
-    """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot.
-
-    Raises ValueError for a template without the slot and for a tokenizer without a chat template.
-    """
+    """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot. Raises ValueError for a
+    template without the slot and for a tokenizer without a chat template."""
     check_template(template)
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model")

@@ -98,11 +98,9 @@ def parse_line(line: bytes, where: str = "") -> Any:
 
 
 class EmbeddingFile:
-    """One safetensors file that holds the single 2-D tensor `embeddings`, float32 or bfloat16, read row by row.
-
-    Plain reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back. The file is
-    checked before any row is read; FileNotFoundError and ValueError name it.
-    """
+    """One safetensors file that holds the single 2-D tensor `embeddings`, float32 or bfloat16, read row by row. Plain
+    reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back. The file is checked
+    before any row is read; FileNotFoundError and ValueError name it."""
 
     def __init__(self, path: Path):
         self.path = Path(path)

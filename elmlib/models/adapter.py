@@ -97,10 +97,8 @@ class EmbeddingAdapter(nn.Module):
 
     @torch.no_grad()
     def warm_start(self, maps: Sequence[LinearMap]) -> None:
-        """Start soft token j in the direction of maps[j], from standardised embeddings to llm_dim.
-
-        The maps' outputs have a root mean square of 1 over the training rows, and START_RMS here, before the norm.
-        """
+        """Start soft token j in the direction of maps[j], from standardised embeddings to llm_dim. The maps' outputs
+        have a root mean square of 1 over the training rows, and START_RMS here, before the norm."""
         assert len(maps) == self.num_soft_tokens, (len(maps), self.num_soft_tokens)
         assert maps[0].weight.shape == (self.llm_dim, self.mean.numel()), maps[0].weight.shape
         scale = START_RMS / self.residual_scale
@@ -142,10 +140,8 @@ def save_adapter(
 
 
 def load_adapter(path: Path) -> AdapterFile:
-    """Read an adapter file, of earlier versions of elmlib too.
-
-    Raises FileNotFoundError for no such file and ValueError for one that is truncated or not elmlib's.
-    """
+    """Read an adapter file, of earlier versions of elmlib too. Raises FileNotFoundError for no such file and ValueError
+    for one that is truncated or not elmlib's."""
     weights, header = load_tensors(path)
     config = SummaryTrainingConfig.from_dict(header["config"], origin=str(path))
     return AdapterFile(weights, config, header["step"], header["data_fingerprint"])

@@ -124,11 +124,9 @@ class SoftTokenModel:
         return generate(**inputs, generation_config=settings)
 
     def _answer(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[list[int]]]:
-        """Token ids of each row's answers, after each token.
-
-        transformers' generate() goes on with all rows until the last one has ended, and most summaries are far shorter
-        than the longest: here a row that has ended leaves the batch.
-        """
+        """Token ids of each row's answers, after each token. transformers' generate() goes on with all rows until the
+        last one has ended, and most summaries are far shorter than the longest: here a row that has ended leaves the
+        batch."""
         self.llm.eval()
         soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
         embeds, cache = self.place_tokens(batch.prompt, soft)
@@ -153,10 +151,8 @@ class SoftTokenModel:
 
     @torch.no_grad()
     def read(self, texts: Sequence[str], prompt: PromptIds, max_new_tokens: int, max_text_tokens: int) -> list[str]:
-        """Greedy answers of the LLM to the real texts, cut to `max_text_tokens`: the upper bound for an adapter.
-
-        All texts are one batch, so keep it small.
-        """
+        """Greedy answers of the LLM to the real texts, cut to `max_text_tokens`: the upper bound for an adapter. All
+        texts are one batch, so keep it small."""
         cut = [ids[:max_text_tokens] for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
         rows = [torch.tensor([*prompt.before, *ids, *prompt.behind], device=self.table.device) for ids in cut]
         # Left padding, so that every row's answer begins at the same place.
@@ -175,20 +171,16 @@ class SoftTokenModel:
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def answer_so_far(self, labels: Tensor) -> Tensor:
-        """What follows the soft tokens under teacher forcing: embeddings of all but each row's last label.
-
-        labels (batch, length); padding sits right of every label, where causality hides it.
-        """
+        """What follows the soft tokens under teacher forcing: embeddings of all but each row's last label. labels
+        (batch, length); padding sits right of every label, where causality hides it."""
         return self._embed(labels[:, :-1].clamp_min(0))
 
     def place_tokens(
         self, prompt: PromptIds, soft: Tensor, answer: Tensor | None = None
     ) -> tuple[Tensor, DynamicCache | None]:
-        """Put soft tokens where `position` says: [prefix] [soft tokens] [rest of the prompt] [answer].
-
-        A shared prefix is returned as a cache of keys and values, and the embeddings hold the rest only.
-        soft (batch, k, llm_dim); answer (batch, length, llm_dim) or None; returns (batch, length, llm_dim) and cache.
-        """
+        """Put soft tokens where `position` says: [prefix] [soft tokens] [rest of the prompt] [answer]. A shared prefix
+        is returned as a cache of keys and values, and the embeddings hold the rest only. soft (batch, k, llm_dim);
+        answer (batch, length, llm_dim) or None; returns (batch, length, llm_dim) and cache."""
         batch = len(soft)
         before, between = prompt.around(self.position)
         ids = torch.tensor([between], dtype=torch.long, device=soft.device)
@@ -239,11 +231,9 @@ def build_model(
     revision: str = "",
     origin: str = "the adapter",
 ) -> SoftTokenModel:
-    """The frozen LLM of `config` with an adapter: a new one, or one of `weights`, read from `origin`.
-
-    `revision` is a commit of the hub, empty for the newest. Raises FileNotFoundError for an LLM that cannot be found
-    and ValueError for one that the losses cannot use, or of another size than `weights`.
-    """
+    """The frozen LLM of `config` with an adapter: a new one, or one of `weights`, read from `origin`. `revision` is a
+    commit of the hub, empty for the newest. Raises FileNotFoundError for an LLM that cannot be found and ValueError for
+    one that the losses cannot use, or of another size than `weights`."""
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision)
     check_head(llm)
@@ -263,11 +253,9 @@ def build_model(
 
 
 def nucleus(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Nucleus sampling (Holtzman et al., ICLR 2020): the most probable tokens whose probabilities reach `top_p`.
-
-    logits (rows, vocab) float32 -> probabilities at the temperature, 0 outside the nucleus, and token ids, both
-    (rows, k). Instead of sorting the whole vocabulary, only its NUCLEUS_TOKENS most probable tokens are looked at.
-    """
+    """Nucleus sampling (Holtzman et al., ICLR 2020): the most probable tokens whose probabilities reach `top_p`. logits
+    (rows, vocab) float32 -> probabilities at the temperature, 0 outside the nucleus, and token ids, both (rows, k).
+    Instead of sorting the whole vocabulary, only its NUCLEUS_TOKENS most probable tokens are looked at."""
     logits = logits / sampling.temperature
     top, ids = logits.topk(min(NUCLEUS_TOKENS, logits.shape[-1]))
     probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()

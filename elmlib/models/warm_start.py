@@ -56,10 +56,8 @@ class NormalEquations:
             raise ValueError("least squares got no rows")
 
     def solve(self, strength: float) -> Tensor:
-        """Ridge regression (Hoerl and Kennard, 1970), (inputs + 1, outputs): argmin |xW - y|^2 + strength |W|^2.
-
-        The bias, the last row, is not penalised.
-        """
+        """Ridge regression (Hoerl and Kennard, 1970), (inputs + 1, outputs): argmin |xW - y|^2 + strength |W|^2. The
+        bias, the last row, is not penalised."""
         penalty = torch.full_like(self.gram[0], strength)
         penalty[-1] = 0.0
         return torch.linalg.solve(self.gram + torch.diag(penalty), self.cross)
@@ -90,10 +88,8 @@ class Ridge(NamedTuple):
 
 
 def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
-    """The ridge regression on `train` whose strength has the least error on `val`.
-
-    Strengths are tried from 1e-4 to 30 times the mean second moment of an input, in half decades.
-    """
+    """The ridge regression on `train` whose strength has the least error on `val`. Strengths are tried from 1e-4 to 30
+    times the mean second moment of an input, in half decades."""
     scale = train.gram.diagonal()[:-1].mean().item()
     strengths = [scale * 10 ** (exponent / 2) for exponent in range(-8, 4)]
     solutions = [train.solve(strength) for strength in strengths]
@@ -192,11 +188,9 @@ def token_idf(answers: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
 
 
 def mean_token_embedding(labels: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of each row's token embeddings, (batch, llm_dim) float32.
-
-    labels (batch, length) with negative padding; table (vocab, llm_dim); weights (vocab,), at least 0. A row whose
-    tokens all weigh 0 gets their plain mean.
-    """
+    """Weighted mean of each row's token embeddings, (batch, llm_dim) float32. labels (batch, length) with negative
+    padding; table (vocab, llm_dim); weights (vocab,), at least 0. A row whose tokens all weigh 0 gets their plain
+    mean."""
     ids = labels.clamp_min(0)
     present = (labels >= 0).float()
     weighted = weights[ids] * present

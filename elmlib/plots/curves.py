@@ -32,10 +32,8 @@ _SHARE = 0.03  # of the time that these drawings may take
 
 
 def curves_info(run: Path) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
-    """All figures in `run`/metrics.jsonl by optimizer step: of the steps, and of the evaluations.
-
-    Raises FileNotFoundError where there is no such file.
-    """
+    """All figures in `run`/metrics.jsonl by optimizer step: of the steps, and of the evaluations. Raises
+    FileNotFoundError where there is no such file."""
     import pandas
 
     rows = read_metrics(Path(run) / "metrics.jsonl")
@@ -47,10 +45,8 @@ def curves_info(run: Path) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
 
 
 def draw_curves(run: Path) -> "Figure":
-    """NLL, drift similarity and BERTScore F1, each with its shuffled control, and what the drift loss sees.
-
-    The last panel is left out for a run without the drift loss.
-    """
+    """NLL, drift similarity and BERTScore F1, each with its shuffled control, and what the drift loss sees. The last
+    panel is left out for a run without the drift loss."""
     from matplotlib.figure import Figure
 
     steps, evaluations = curves_info(run)
@@ -79,10 +75,8 @@ def style(ax: "Axes", across: str, up: str = "") -> None:
 
 
 class LiveCurves:
-    """A `RunLogger` that shows the curves of `run` in a notebook while it trains.
-
-    They are drawn at each evaluation, and between evaluations so rarely that drawing takes at most 3 % of the time.
-    """
+    """A `RunLogger` that shows the curves of `run` in a notebook while it trains. They are drawn at each evaluation,
+    and between evaluations so rarely that drawing takes at most 3 % of the time."""
 
     def __init__(self, run: Path):
         self.run = Path(run)

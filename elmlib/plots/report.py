@@ -49,11 +49,9 @@ def plot_ranks(info: "pandas.DataFrame", ax: "Axes") -> None:
 
 
 def similarity_info(run: Path) -> "pandas.DataFrame":
-    """Similarity of each summary in `run`/predictions.jsonl and its source (cosine, -1 to 1).
-
-    `predicted_similarity` is what the drift loss sees under teacher forcing, `drift_similarity` that of the re-embedded
-    summary, 0 for an empty one. Raises as `read_predictions` does.
-    """
+    """Similarity of each summary in `run`/predictions.jsonl and its source (cosine, -1 to 1). `predicted_similarity` is
+    what the drift loss sees under teacher forcing, `drift_similarity` that of the re-embedded summary, 0 for an empty
+    one. Raises as `read_predictions` does."""
     import pandas
 
     path = Path(run) / "predictions.jsonl"
@@ -74,11 +72,9 @@ def plot_similarity(info: "pandas.DataFrame", ax: "Axes") -> None:
 
 
 def draw_report(path: Path) -> "Figure":
-    """The mean F1 of each system in the CSV that `elm report --output` wrote, with its 95 % interval.
-
-    The dashed line is the mean of the adapter, the first system. Raises FileNotFoundError for no such file, and
-    ValueError for another table.
-    """
+    """The mean F1 of each system in the CSV that `elm report --output` wrote, with its 95 % interval. The dashed line
+    is the mean of the adapter, the first system. Raises FileNotFoundError for no such file, and ValueError for another
+    table."""
     import pandas
     from matplotlib.figure import Figure
 

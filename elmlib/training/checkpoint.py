@@ -41,10 +41,8 @@ def save_run(
     config: SummaryTrainingConfig,
     data_fingerprint: str,
 ) -> Path:
-    """Write `adapter_step_N.safetensors` and its run state; keep only the newest `keep_checkpoints`.
-
-    The run state goes first: an adapter file that exists has a whole run state beside it.
-    """
+    """Write `adapter_step_N.safetensors` and its run state; keep only the newest `keep_checkpoints`. The run state goes
+    first: an adapter file that exists has a whole run state beside it."""
     path = Path(folder) / f"adapter_step_{state.step}.safetensors"
     tensors = {"random": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -104,11 +102,9 @@ def archive_run(folder: Path) -> Path | None:
 
 
 def find_checkpoint(config: SummaryTrainingConfig) -> Path | None:
-    """The checkpoint that `config.resume_from` names; None to start a new run.
-
-    `latest` in a folder without a checkpoint starts a new run.
-    Raises FileNotFoundError for a named file that does not exist, ValueError for one that is no step checkpoint.
-    """
+    """The checkpoint that `config.resume_from` names; None to start a new run. `latest` in a folder without a
+    checkpoint starts a new run. Raises FileNotFoundError for a named file that does not exist, ValueError for one that
+    is no step checkpoint."""
     if not config.resume_from:
         return None
     if config.resume_from == "latest":

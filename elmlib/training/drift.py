@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 
 def expected_token_embedding(top_log_probs: Tensor, top_ids: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean embedding of the predicted tokens, (batch, llm_dim) float32.
-
-    Each answer position contributes its most probable tokens (batch, length, k), by probability times `weights`
-    (vocab,); probability outside the top k is left out. Padding has log-probability -inf.
-    table (vocab, llm_dim).
-    """
+    """Weighted mean embedding of the predicted tokens, (batch, llm_dim) float32. Each answer position contributes its
+    most probable tokens (batch, length, k), by probability times `weights` (vocab,); probability outside the top k is
+    left out. Padding has log-probability -inf. table (vocab, llm_dim)."""
     mass = (top_log_probs.exp() * weights[top_ids]).flatten(1)  # (batch, length * k)
     total = mass[:, None] @ table[top_ids.flatten(1)].float()  # (batch, 1, length * k) @ (batch, length * k, llm_dim)
     return total[:, 0] / mass.sum(1).clamp_min(1e-6)[:, None]
@@ -61,10 +58,8 @@ class ReEmbed:
         self.before, self.behind = first[:place], first[place + 1 :]
 
     def __call__(self, predictions: Predictions) -> Tensor:
-        """(batch, embedding_dim): the embedding of the expected text.
-
-        The last answer position, which predicts the end of the turn, is no text and left out.
-        """
+        """(batch, embedding_dim): the embedding of the expected text. The last answer position, which predicts the end
+        of the turn, is no text and left out."""
         top, ids = predictions.top_log_probs, predictions.top_ids
         known = ids < len(self.table)  # LLMs pad their vocabulary beyond the tokenizer's
         mass = top.exp() * known

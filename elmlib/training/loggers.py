@@ -76,10 +76,8 @@ def _line(row: MetricsRow) -> str:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """The rows of a metrics.jsonl; an incomplete last line, of a killed run, is left out.
-
-    Raises FileNotFoundError for no such file and ValueError for a broken line, naming it.
-    """
+    """The rows of a metrics.jsonl; an incomplete last line, of a killed run, is left out. Raises FileNotFoundError for
+    no such file and ValueError for a broken line, naming it."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):

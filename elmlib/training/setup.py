@@ -57,10 +57,8 @@ class TrainingComponents:
 
 
 def build_components(config: SummaryTrainingConfig, device: torch.device) -> TrainingComponents:
-    """Load models and data, compute the closed-form fits, and start the adapter.
-
-    Raises FileNotFoundError and ValueError as loading them does.
-    """
+    """Load models and data, compute the closed-form fits, and start the adapter. Raises FileNotFoundError and
+    ValueError as loading them does."""
     for name in ("train", "val"):  # before a model is loaded or downloaded: a wrong folder fails at once
         locate_split(config, name)
     model = build_model(config, device)
@@ -92,10 +90,8 @@ def build_components(config: SummaryTrainingConfig, device: torch.device) -> Tra
 def accumulation_groups(
     dataset: SummaryDataset, config: SummaryTrainingConfig, epoch: int, process: int = 0, processes: int = 1
 ) -> list[list[list[int]]]:
-    """The optimizer steps of one epoch: for each, the batches of this process, each a list of rows.
-
-    The last batches are left out where they are too few for all processes.
-    """
+    """The optimizer steps of one epoch: for each, the batches of this process, each a list of rows. The last batches
+    are left out where they are too few for all processes."""
     batches = epoch_batches(dataset, config.batch_size, config.seed, epoch)
     batches = batches[: len(batches) // processes * processes]
     size = config.gradient_accumulation_steps * processes

@@ -53,10 +53,8 @@ class Validation(NamedTuple):
 
 
 def drift_warning(history: Sequence[tuple[float, float]]) -> str:
-    """A warning where (NLL, composite) both fell at each of the last three evaluations; otherwise empty.
-
-    The loss then improves while the summaries lose the text.
-    """
+    """A warning where (NLL, composite) both fell at each of the last three evaluations; otherwise empty. The loss then
+    improves while the summaries lose the text."""
     if len(history) < 3:
         return ""
     (first, high), (second, middle), (third, low) = history[-3:]
@@ -70,10 +68,8 @@ def drift_warning(history: Sequence[tuple[float, float]]) -> str:
 
 @torch.no_grad()
 def validate(components: TrainingComponents, config: SummaryTrainingConfig, device: torch.device) -> Validation:
-    """NLL with true and with shuffled embeddings, and greedy summaries with their scores, on fixed seeded subsets.
-
-    The rows whose summaries are generated are among those whose NLL is measured, which are at least as many.
-    """
+    """NLL with true and with shuffled embeddings, and greedy summaries with their scores, on fixed seeded subsets. The
+    rows whose summaries are generated are among those whose NLL is measured, which are at least as many."""
     split, model = components.val, components.model
     model.adapter.eval()
     sample = split.subset(config.eval_samples, config.eval_seed)

@@ -22,8 +22,7 @@ from elmlib.training.loggers import MetricsRow, read_metrics
 from elmlib.training.losses import Predictions, compute_losses
 from elmlib.training.setup import build_components
 from elmlib.training.trainer import UnstableTrainingError, train
-from elmlib.training.validation import Validation
-from elmlib.training.validation import drift_warning
+from elmlib.training.validation import Validation, drift_warning
 
 
 class StopAt:
