@@ -46,9 +46,11 @@ def predict(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> Predi
 
 
 class _Predict(torch.autograd.Function):
-    """`predict` without padding: hidden (tokens, dim), labels (tokens,). With p = softmax(W h): d nll / dh = E_p[W] -
-    W[label], d log p_k / dh = W[k] - E_p[W]. So E_p[W], one vector a position, computed while its logits exist, is all
-    that the backward pass needs of the whole vocabulary."""
+    """`predict` without padding: hidden (tokens, dim), labels (tokens,).
+
+    With p = softmax(W h): d nll / dh = E_p[W] - W[label], d log p_k / dh = W[k] - E_p[W]. So E_p[W], one vector a
+    position, computed while its logits exist, is all that the backward pass needs of the whole vocabulary.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +79,11 @@ class _Predict(torch.autograd.Function):
 
 
 def info_nce(anchors: Tensor, positives: Tensor, sources: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (van den Oord et al., 2018) of each row, (batch,) nats; 0 for a batch of one. anchors, positives (batch,
-    dim), compared by cosine; row i's positive is positives[i], its negatives are the other rows' positives but those of
-    the same source (sources (batch,)), which would be false negatives."""
+    """InfoNCE (van den Oord et al., 2018) of each row, (batch,) nats; 0 for a batch of one.
+
+    anchors, positives (batch, dim), compared by cosine; row i's positive is positives[i], its negatives are the other
+    rows' positives but those of the same source (sources (batch,)), which would be false negatives.
+    """
     similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / temperature  # (batch, batch)
     same_source = sources[:, None] == sources[None, :]
     same_source.fill_diagonal_(False)
@@ -89,7 +93,9 @@ def info_nce(anchors: Tensor, positives: Tensor, sources: Tensor, temperature: f
 
 def text_drift(vectors: Tensor, embeddings: Tensor, target_similarity: float) -> tuple[Tensor, Tensor]:
     """relu(target_similarity - cos(v, e)) and the cosine itself, each (batch,); v and e (batch, embedding_dim).
-    `vectors` must be in the embedder's own space: a cosine between vectors of unrelated spaces means nothing."""
+
+    `vectors` must be in the embedder's own space: a cosine between vectors of unrelated spaces means nothing.
+    """
     similarity = F.cosine_similarity(vectors, embeddings, dim=-1)
     return F.relu(target_similarity - similarity), similarity
 
