@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
+import psutil
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -40,7 +40,7 @@ from elmlib.training.loggers import read_metrics
 logger = logging.getLogger(__name__)
 
 CONTRACT = "contract"  # attribute of a study: what all of its trials have in common
-LAUNCHER = "launcher"  # attribute of a trial: host and process of its launcher
+LAUNCHER = "launcher"  # attribute of a trial, and on SQLite of the study: host and process of its launcher
 _POLL, _LOOK = 0.1, 1.0  # seconds between looks at the trial processes, and at a study with nothing to start
 _ADVISORY = 0x656C6D << 32  # the range of PostgreSQL's advisory locks that elmlib uses
 _KEPT = ("origin", "variant", "changes", "seed", "memory", "memory_batch_size")  # attributes of the next attempt
@@ -197,21 +197,28 @@ class Launcher:
         if self.is_shared:
             yield
             return
-        name = self.config.study_name
-        try:
-            with FileLock(f"{self.storage.engine.url.database}.{name}.lock", timeout=0):  # ends with this process
-                for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                    self.storage.set_trial_user_attr(trial._trial_id, "reason", "its launcher ended")
-                    self.study.tell(trial.number, state=TrialState.FAIL)
-                yield
-        except Timeout as error:
-            raise ValueError(f"study {name!r} is run by another launcher; use PostgreSQL for several") from error
+        name, since = self.study.user_attrs.get(LAUNCHER) or (":0", 0.0)
+        host, _, pid = name.rpartition(":")
+        is_gone = host == socket.gethostname() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
+        if not is_gone and (wait := round(since + 3 * self.config.heartbeat - time.time())) > 0:
+            raise ValueError(
+                f"study {self.config.study_name!r} is run by another launcher, {name}; use PostgreSQL for several. If "
+                f"that one is gone, start again in {wait} s"
+            )
+        self._beat()
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", "its launcher ended")
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        yield
+        self.study.set_user_attr(LAUNCHER, None)
 
     def _beat(self) -> None:
         """Record the heartbeats, and kill each trial that another launcher has marked as lost."""
         if time.monotonic() < self.beaten + self.config.heartbeat / 3:
             return
         self.beaten = time.monotonic()
+        if not self.is_shared:
+            patiently(partial(self.study.set_user_attr, LAUNCHER, (self.name, time.time())))
         for slot, process in list(self.running.items()):
             patiently(partial(self.storage.record_heartbeat, process.trial._trial_id))
             if patiently(partial(self.storage.get_trial, process.trial._trial_id)).state.is_finished():

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from study.studies import begun, check_ended_once, processes, start, wait_for
 
 from elmlib.config import StudyConfig
 from elmlib.study.results import open_study, outcome_of
-from elmlib.study.study import Launcher, run_study
+from elmlib.study.study import LAUNCHER, Launcher, run_study
 from elmlib.study.trial import STORAGE_VARIABLE, patiently
 
 KINDS = ["sqlite", pytest.param("postgres", marks=pytest.mark.heavy)]
@@ -139,8 +140,11 @@ def test_ask_takes_a_trial_for_lost_that_never_gave_a_sign_of_life(stub_config: 
 
 
 def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig) -> None:
-    launcher = Launcher(stub_config)
-    with launcher._claim(), pytest.raises(ValueError, match="another launcher"):
-        run_study(stub_config)
+    study, here = Launcher(stub_config).study, socket.gethostname()
+    for name in (f"{here}:{os.getppid()}", "elsewhere:1"):
+        study.set_user_attr(LAUNCHER, (name, time.time()))
+        with pytest.raises(ValueError, match="another launcher"):
+            run_study(stub_config)
     assert not begun(stub_config)
+    study.set_user_attr(LAUNCHER, ("elsewhere:1", time.time() - 3 * stub_config.heartbeat))  # no sign of life
     run_study(replace(stub_config, trials=1))
