@@ -126,10 +126,8 @@ def _own_settings(config: StudyConfig) -> Settings:
 
 
 def load_space(path: Path | None) -> tuple[Space, Settings]:
-    """Searched and fixed settings of the guide's space, or of a YAML file; ValueError names file and setting.
-
-    In the file a setting has a list of `choices`, a range `low` and `high` (with `log: true` or a `step`), or a value.
-    """
+    """Searched and fixed settings of the guide's space, or of a YAML file; ValueError names file and setting. In the
+    file a setting has a list of `choices`, a range `low` and `high` (with `log: true` or a `step`), or a value."""
     if path is None:
         return GUIDE_SPACE, {}
     specs = read_settings(path)
@@ -169,10 +167,8 @@ def _check(settings: Any, origin: str) -> None:
 
 
 def first_trials(space: Space, base: SummaryTrainingConfig) -> list[FrozenTrial]:
-    """The guide's typical best and the defaults (`base`), each where `space` allows it.
-
-    The guide's space has no accumulation of 1: the defaults' step of one batch becomes one of two half batches.
-    """
+    """The guide's typical best and the defaults (`base`), each where `space` allows it. The guide's space has no
+    accumulation of 1: the defaults' step of one batch becomes one of two half batches."""
     defaults, origin = {name: getattr(base, name) for name in GUIDE_BEST}, DEFAULTS
     if base.gradient_accumulation_steps == 1 and base.batch_size % 2 == 0:
         defaults |= {"batch_size": base.batch_size // 2, "gradient_accumulation_steps": 2}
@@ -187,9 +183,7 @@ def first_trials(space: Space, base: SummaryTrainingConfig) -> list[FrozenTrial]
 
 def load_grid(path: Path, seeds: int) -> list[FrozenTrial]:
     """The trials of an ablation: each variant of a YAML file at each seed, one seed of all variants before the next.
-
-    The file maps a variant's name to the training settings that it changes; `defaults: {}` is always the first.
-    """
+    The file maps a variant's name to the training settings that it changes; `defaults: {}` is always the first."""
     values = read_settings(path)
     variants: Settings = {DEFAULTS: {}} | values.get("variants", values)
     for name, changes in variants.items():

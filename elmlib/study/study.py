@@ -51,11 +51,9 @@ class StudyFailedError(RuntimeError):
 
 
 def run_study(config: StudyConfig) -> optuna.Study:
-    """Run trials until `config.trials` are finished, `config.jobs` at a time, and write the results.
-
-    A study that exists is resumed, its stopped trials too. The first Ctrl-C lets running trials end, the second stops
-    them. Raises ValueError or FileNotFoundError for what does not fit, StudyFailedError if no trial completed.
-    """
+    """Run trials until `config.trials` are finished, `config.jobs` at a time, and write the results. A study that
+    exists is resumed, its stopped trials too. The first Ctrl-C lets running trials end, the second stops them. Raises
+    ValueError or FileNotFoundError for what does not fit, StudyFailedError if no trial completed."""
     launcher = Launcher(config)
     launcher.run()
     study = launcher.study
