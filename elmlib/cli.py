@@ -163,12 +163,10 @@ def plan(config: commands.PlanConfig) -> None:
     """
     from elmlib.models import plan_training
 
-    estimate = plan_training(config)
     print(
-        f"{config.llm_model_name}: {estimate.shape.parameters:,} parameters. A step of {config.batch_size} rows of "
-        f"{config.answer_tokens} answer tokens, in GiB.\nTotals and largest batch sizes include a margin of 10 % and "
-        "0.5 GiB for CUDA's context. A card without bfloat16 (T4, V100) needs --no-use-bf16.\n"
-        f"{estimate.to_frame().to_string()}"
+        f"{config.llm_model_name}: a step of {config.batch_size} rows of {config.answer_tokens} answer tokens, GiB.\n"
+        "Totals and largest batch sizes include a margin of 10 % and 0.5 GiB for CUDA's context.\n"
+        f"{plan_training(config).to_string()}"
     )
 
 

@@ -14,8 +14,7 @@ class CorpusConfig:
     """Where the texts come from and where the multi-task corpus goes."""
 
     source: str = "docstrings"
-    """`docstrings` (of the standard library and of elmlib's installed dependencies), a JSONL file, or a Hugging Face
-    dataset (hub name or local folder)."""
+    """`docstrings` (of the standard library and elmlib's dependencies), a JSONL file, or a Hugging Face dataset."""
     output_dir: Path = Path("data/synthesis")  # Folder for `{split}_synthesis.jsonl`
     output_embeddings_dir: Path = Path("data/embeddings")  # Folder for `{split}_embeddings.safetensors`
     limit: int = 0  # Pairs to take, a seeded sample; 0 takes all
@@ -47,8 +46,9 @@ class FilterConfig:
     input_dir: Path = Path("data/synthesis")  # Folder with `{split}_synthesis.jsonl` of the multi-task corpus
     input_embeddings_dir: Path = Path("data/embeddings")  # Folder with `{split}_embeddings.safetensors`
     output_dir: Path = Path("data/summary_filtered/synthesis")  # Folder for the kept records
-    output_embeddings_dir: Path = Path("data/summary_filtered/embeddings")
-    """Folder for the kept embedding rows and for the map from old row to new."""
+    output_embeddings_dir: Path = Path(
+        "data/summary_filtered/embeddings"
+    )  # Folder for the kept rows and their old places
     task_type: str = "summary"  # The task that is kept
     skip_bad: bool = False  # Write bad records to `rejected.jsonl` with the reason instead of stopping at the first
     allow_leaks: bool = False  # Warn about sources or vectors that are in two splits, instead of stopping
@@ -156,19 +156,16 @@ class StudyConfig(StudyPlace):
     seed: int = 0  # Seed of the sampler and of every trial's training
     preset: Preset = ""  # `qwen3-4b`: the guide's models in the place of the offline ones
     training_config: Path | None = None
-    """JSON or YAML file of training settings that replace the defaults in every trial; the search space and the
-    flags here win."""
+    """JSON or YAML file of training settings in place of the defaults; the search space and the flags here win."""
     space: Path | None = None  # YAML file with another search space than the guide's
     grid: Path | None = None
-    """YAML file of variants (name -> changed training settings), each trained at `seeds` seeds in the place of a
-    search: an ablation."""
+    """YAML file of variants (name -> changed settings), each trained at `seeds` seeds: an ablation, no search."""
     seeds: int = 3  # With `grid`: seeds of each variant, from 0; at least 1
     notebook: Path = Path("notebooks/02_train.ipynb")  # The notebook that is a trial
     heartbeat: int = 30  # Seconds between heartbeats of a running trial; after three missing ones it is retried
     wandb: bool = False  # Log each trial as a wandb run, grouped under the study
     slurm: bool = False  # Submit `jobs` launchers as SLURM jobs, each with one trial at a time, and return
-    slurm_cluster: Literal["slurm", "local"] = "slurm"
-    """`local` runs the launchers as processes of this machine, to try a study out before it is submitted."""
+    slurm_cluster: Literal["slurm", "local"] = "slurm"  # `local`: launchers are processes of this machine, to try out
     slurm_partition: str = ""  # SLURM partition; empty takes the cluster's default
     slurm_gpus: int = 1  # GPUs of each SLURM job
     slurm_hours: float = 24.0  # Time limit of each SLURM job in hours, above 0

@@ -35,8 +35,7 @@ class SummaryTrainingConfig:
     summary_only: bool = True  # Refuse records of other tasks than `summary`
     max_seq_length: int = 512  # Longest row in tokens, prompt and target together; longer rows are left out and counted
     train_rows: int = 0
-    """Training rows to take, a fixed sample that eval_seed draws, of distinct sources first; 0 takes all. For learning
-    curves: validation and test stay as they are."""
+    """Training rows to take, a fixed sample drawn by eval_seed, distinct sources first; 0 takes all."""
 
     # Models
     llm_model_name: Annotated[str, flag(name="llm-model", aliases=("--llm-model-name",))] = OFFLINE_LLM
@@ -49,8 +48,7 @@ class SummaryTrainingConfig:
     hidden_dim: int = 4096  # Hidden size of the adapter's MLP; the guide searches 2048, 4096, 6144
     num_soft_tokens: int = 8  # Soft tokens that one embedding becomes, at least 1
     soft_token_position: SoftTokenPosition = "before_answer"
-    """Where the soft tokens stand: `before_answer`, at its beginning, or `in_prompt`, in the place of the text, which
-    makes rows longer."""
+    """Where the soft tokens stand: `before_answer`, or `in_prompt` in the place of the text (longer rows)."""
     dropout_rate: Annotated[float, flag(name="dropout", aliases=("--dropout-rate",))] = 0.1
     """Dropout inside the adapter's MLP, 0 to below 1; the guide searches 0.0 to 0.3."""
     residual_scale: float = 0.1  # Weight of the adapter's linear path, above 0; the guide searches 0.05 to 0.5
@@ -83,20 +81,17 @@ class SummaryTrainingConfig:
     ] = 0.75
     """Cosine above which the text drift loss is zero, -1 to 1; the guide searches 0.7 to 0.9."""
     text_drift_head: Annotated[DriftHead, flag(name="drift-head", aliases=("--text-drift-head",))] = "readout"
-    """What turns predicted tokens into an embedding: `readout`, a fitted linear map, for any pair of models, or
-    `re_embed`, the embedder itself, where LLM and embedder share a tokenizer."""
+    """Predicted tokens -> embedding: `readout`, a fitted map, or `re_embed`, an embedder with the LLM's tokenizer."""
     drift_top_k: int = 32  # Most probable tokens per answer position that make up the expected text, at least 1
 
     # Evaluation
     bertscore_model: str = OFFLINE_EMBEDDER  # BERTScore's encoder; the guide's is microsoft/deberta-xlarge-mnli
     bertscore_batch_size: int = 16  # Texts per call of BERTScore's encoder, at least 1
     evaluation_device: EvaluationDevice = ""
-    """`cpu` keeps embedder and BERTScore's encoder off the GPU, which then holds the LLM alone; empty is the LLM's
-    device."""
+    """`cpu` keeps embedder and BERTScore's encoder off the GPU, which then holds the LLM alone; empty: with the LLM."""
     eval_interval: int = 250  # Optimizer steps between evaluations, also made at the end of each epoch; at least 1
     evals_per_epoch: int = 0
-    """Evaluations per epoch, evenly spaced, in the place of eval_interval; 0 keeps that. So runs are compared at
-    equal shares of the data, whatever their batch size."""
+    """Evaluations per epoch in the place of eval_interval, at equal shares of the data; 0 keeps that."""
     eval_samples: int = 100  # Validation summaries at each evaluation, a fixed seeded subset; at least 2, for shuffling
     eval_first: bool = True  # Evaluate before the first step, where the warm start alone stands
     eval_seed: int = 0  # Seed of the evaluation subsets and of the shuffled control, not the run's own seed

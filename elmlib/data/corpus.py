@@ -145,8 +145,7 @@ def _digest(values: list[Any]) -> str:
 
 def pair_records(pair: Pair, row: int) -> Iterator[Record]:
     """All records of a pair; they share embedding `row`. temperature 0 and top_p 1: people wrote the targets, nothing
-    was sampled. token_count counts words and punctuation marks, because the LLM, and so its tokenizer, is chosen
-    later."""
+    was sampled. token_count counts words and punctuation marks, because the tokenizer is chosen later."""
     targets = [("summary", variation, summary) for variation, summary in enumerate(pair.summaries)]
     targets += [("keywords", 0, ", ".join(pair.keywords)), ("category", 0, pair.category)]
     for task, variation, target in targets:

@@ -105,15 +105,10 @@ class SummaryDataset(Dataset[int]):
 
     def take(self, rows: Sequence[int]) -> "SummaryDataset":
         """A dataset of these rows alone, with another fingerprint."""
-        chosen = ",".join(map(str, rows)).encode()
-        return dataclasses.replace(
-            self,
-            records=[self.records[row] for row in rows],
-            answers=[self.answers[row] for row in rows],
-            sources=[self.sources[row] for row in rows],
-            prompts=[self.prompts[row] for row in rows],
-            fingerprint=hashlib.sha256(self.fingerprint.encode() + chosen).hexdigest()[:16],
-        )
+        columns = ("records", "answers", "sources", "prompts")
+        chosen: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in columns}
+        digest = hashlib.sha256(self.fingerprint.encode() + ",".join(map(str, rows)).encode())
+        return dataclasses.replace(self, **chosen, fingerprint=digest.hexdigest()[:16])
 
     def bucket(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
         """Cut rows into batches of one prompt and of similar answer length, shortest first."""

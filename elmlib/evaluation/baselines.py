@@ -32,11 +32,9 @@ def list_baselines(
     sampling: Sampling | None = None,
 ) -> Baselines:
     """All systems that can summarise `rows` of `dataset`: the adapter of `model`, TRUE, and then its baselines.
-
-    `untrained` has an adapter before its first step. The mean embedding gives one text for all rows. The LLM that
-    reads the text is the upper bound. `sampling` adds the best of several candidates. Baselines that need
-    `source_text` are left out where a record has none.
-    """
+    `untrained` has an adapter before its first step. The mean embedding gives one text for all rows. The LLM that reads
+    the text is the upper bound. `sampling` adds the best of several candidates. Baselines that need `source_text` are
+    left out where a record has none."""
     length, vectors, device = config.max_new_tokens, dataset.vectors(rows).numpy(), model.table.device
     records = [dataset.records[row] for row in rows]
 
@@ -101,10 +99,8 @@ def nearest_summaries(train: SummaryDataset, vectors: np.ndarray) -> list[str]:
 
 
 def rerank(embed: Embed, drawn: list[list[str]], vectors: np.ndarray) -> list[str]:
-    """Of each row's candidates, the one whose embedding is nearest to the row's vector (n, dim).
-
-    The vector is the model's own input, so no other information is used. Empty candidates come last.
-    """
+    """Of each row's candidates, the one whose embedding is nearest to the row's vector (n, dim). The vector is the
+    model's own input, so no other information is used. Empty candidates come last."""
     texts = list(dict.fromkeys(text for candidates in drawn for text in candidates if text))
     embedded = dict(zip(texts, unit_rows(embed(texts)), strict=True)) if texts else {}
     return [

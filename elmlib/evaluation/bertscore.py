@@ -51,11 +51,9 @@ class Encoding(NamedTuple):
 
 
 class BERTScoreEvaluator:
-    """BERTScore as `bert_score` computes it, without idf weights, each reference encoded once.
-
-    Beyond bert_score: an empty prediction scores 0; a local copy of a model has its layer and baseline; weights in half
-    precision are computed with in float32, as for the published figures.
-    """
+    """BERTScore as `bert_score` computes it, without idf weights, each reference encoded once. Beyond bert_score: an
+    empty prediction scores 0; a local copy of a model has its layer and baseline; weights in half precision are
+    computed with in float32, as for the published figures."""
 
     def __init__(
         self,
@@ -65,11 +63,9 @@ class BERTScoreEvaluator:
         baseline_texts: Sequence[str] = (),
         keep: bool = False,
     ):
-        """`baseline_texts`, a few hundred, make the baseline of a model for which `bert_score` ships none.
-
-        `keep` caches the encodings of references and baseline on disk. `device` defaults to CUDA where there is one.
-        Raises ValueError for a batch_size below 1 or for fewer than two different baseline texts.
-        """
+        """`baseline_texts`, a few hundred, make the baseline of a model for which `bert_score` ships none. `keep`
+        caches the encodings of references and baseline on disk. `device` defaults to CUDA where there is one. Raises
+        ValueError for a batch_size below 1 or for fewer than two different baseline texts."""
         self.model, self.batch_size = model, batch_size
         self._device, self._keep = device, keep
         self._baseline_texts = list(dict.fromkeys(text for text in baseline_texts if text.strip()))
@@ -84,11 +80,8 @@ class BERTScoreEvaluator:
         self, predictions: Sequence[str], references: Sequence[str], return_detailed: bool = False
     ) -> dict[str, float]:
         """`bertscore_means` over all pairs; `return_detailed` adds `quality_metrics` and `bertscore_..._rescaled`.
-
         Rescaled means are (x - b) / (1 - b), where a baseline b is known: about 0 for a random pair, below 0 for an
-        empty prediction, so they do not rank models.
-        Raises ValueError for unequal lengths, no pairs, or an empty reference (naming its index).
-        """
+        empty prediction, so they do not rank models. Raises as `check_pairs`."""
         means = bertscore_means(self.score_pairs(predictions, references))
         if not return_detailed:
             return means
@@ -127,10 +120,8 @@ class BERTScoreEvaluator:
 
     @property
     def hash(self) -> str:
-        """bert_score's own description of the settings, and a digest of the texts that make the baseline.
-
-        Scores are comparable only where it is equal.
-        """
+        """bert_score's own description of the settings, and a digest of the texts that make the baseline. Scores are
+        comparable only where it is equal."""
         from bert_score.utils import get_hash
 
         shipped, texts = self._shipped_baseline.is_file(), self._baseline_texts
@@ -147,10 +138,8 @@ class BERTScoreEvaluator:
 
     @cached_property
     def encoder_id(self) -> EncoderId:
-        """The encoder that `model` names, read at the layer that bert_score tuned, or at its last.
-
-        The config or the folder of a local copy names the original. Raises FileNotFoundError as `locate` does.
-        """
+        """The encoder that `model` names, read at the layer that bert_score tuned, or at its last. The config or the
+        folder of a local copy names the original. Raises FileNotFoundError as `locate` does."""
         from bert_score.utils import model2layers
         from transformers import AutoConfig
 

@@ -83,12 +83,10 @@ def objective(metrics: dict[str, float]) -> float:
 
 
 def swap_sources(sources: Texts, seed: int) -> np.ndarray:
-    """For each of n rows, a row of ANOTHER source: the permutation of the shuffled control, (n,).
-
-    Sources are paired at random and swapped; of an odd number the last three rotate. Row j of a source gets row j,
-    modulo their number, of its partner. Under greedy decoding a summary depends on its embedding alone: the summaries
-    of shuffled embeddings are `predictions[swap]`. Raises ValueError for fewer than two sources.
-    """
+    """For each of n rows, a row of ANOTHER source: the permutation of the shuffled control, (n,). Sources are paired at
+    random and swapped; of an odd number the last three rotate. Row j of a source gets row j, modulo their number, of
+    its partner. Under greedy decoding a summary depends on its embedding alone: the summaries of shuffled embeddings
+    are `predictions[swap]`. Raises ValueError for fewer than two sources."""
     rows: dict[str, list[int]] = {}
     for row, source in enumerate(sources):
         rows.setdefault(source, []).append(row)
@@ -108,10 +106,8 @@ def swap_sources(sources: Texts, seed: int) -> np.ndarray:
 def score_texts(
     evaluator: "BERTScoreEvaluator", predictions: Texts, references: Texts, sources: Texts, seed: int
 ) -> dict[str, float]:
-    """`evaluate_batch` with all details, and `..._shuffled`: the BERTScores of the predictions of other sources.
-
-    Raises ValueError as `check_pairs` and `swap_sources` do.
-    """
+    """`evaluate_batch` with all details, and `..._shuffled`: the BERTScores of the predictions of other sources. Raises
+    ValueError as `check_pairs` and `swap_sources` do."""
     check_pairs(predictions, references)
     swapped = [predictions[row] for row in swap_sources(sources, seed)]
     metrics, shuffled = (evaluator.evaluate_batch(texts, references, True) for texts in (predictions, swapped))
@@ -136,10 +132,8 @@ def score_summaries(
     sources: Texts,
     seed: int,
 ) -> SummaryScores:
-    """Score n summaries and their shuffled control; `embed` maps texts into the space of `embeddings` (n, dim).
-
-    Raises ValueError as `score_texts` and `embed_texts` do, and where embeddings or sources are not n.
-    """
+    """Score n summaries and their shuffled control; `embed` maps texts into the space of `embeddings` (n, dim). Raises
+    ValueError as `score_texts` and `embed_texts` do, and where embeddings or sources are not n."""
     if not len(predictions) == len(embeddings) == len(sources):
         raise ValueError(f"{len(predictions)} predictions, {len(embeddings)} embeddings, {len(sources)} sources")
     metrics = score_texts(evaluator, predictions, references, sources, seed)
@@ -153,9 +147,7 @@ def score_summaries(
 
 def embed_texts(embed: Embed, texts: Texts, dim: int) -> np.ndarray:
     """Each different text embedded once: float64 (n, dim), all zero for an empty one, whose cosines then count 0.
-
-    Raises ValueError where `embed` gives another size than `dim`.
-    """
+    Raises ValueError where `embed` gives another size than `dim`."""
     different = list(dict.fromkeys(text for text in texts if text.strip()))
     embedded = np.asarray(embed(different), np.float64) if different else np.zeros((0, dim))
     if embedded.shape != (len(different), dim):
@@ -204,12 +196,9 @@ class Identification(NamedTuple):
 def identify_sources(
     summaries: np.ndarray, targets: np.ndarray, sources: Texts, rows: Sequence[int] | None = None
 ) -> Identification:
-    """Rank the own target of each summary among the targets of all sources, by cosine.
-
-    summaries (n, dim), targets (m, dim); `sources` (m,) names the source of each target, and targets of one source do
-    not compete. `rows` (n,) are the summaries' own targets, by default the same rows. An all-zero summary (an empty
-    text) ranks last. Raises ValueError for fewer than two sources.
-    """
+    """Rank the own target of each summary among the targets of all sources, by cosine. summaries (n, dim), targets (m,
+    dim); `sources` (m,) names the source of each target, and targets of one source do not compete. `rows` (n,) are the
+    summaries' own targets, by default the same rows. An all-zero summary ranks last. ValueError for one source."""
     own = np.arange(len(targets)) if rows is None else np.asarray(rows)
     assert len(own) == len(summaries) and len(sources) == len(targets), (len(own), summaries.shape, targets.shape)
     names, numbers = np.unique(np.array(sources), return_inverse=True)
@@ -226,10 +215,8 @@ def identify_sources(
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """The mean of `values` (n,) and the ends of its 95 % percentile bootstrap interval (Efron, 1979).
-
-    A single value is its own interval. Raises ValueError for no values.
-    """
+    """The mean of `values` (n,) and the ends of its 95 % percentile bootstrap interval (Efron, 1979). A single value is
+    its own interval. Raises ValueError for no values."""
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("no values; a bootstrap needs at least one")
@@ -242,11 +229,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float,
 
 
 def permutation_p(first: np.ndarray, second: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p-value of the paired permutation test (Fisher, 1935) that `first` and `second` have equal means.
-
-    Both (n,), in pairs. Each resample swaps every pair with probability 1/2; up to 13 pairs all swaps are tried.
-    Raises ValueError for unequal lengths or fewer than two pairs.
-    """
+    """Two-sided p-value of the paired permutation test (Fisher, 1935) that `first` and `second` have equal means. Both
+    (n,), in pairs. Each resample swaps every pair with probability 1/2; up to 13 pairs all swaps are tried. Raises
+    ValueError for unequal lengths or fewer than two pairs."""
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"{len(first)} and {len(second)} values; a paired test needs as many of each, at least two")
     pairs = (np.asarray(first, np.float64), np.asarray(second, np.float64))

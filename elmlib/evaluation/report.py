@@ -78,11 +78,8 @@ class Report:
             temporary.write_bytes(b"".join(orjson.dumps(text) + b"\n" for text in self.texts))
 
     def display_frame(self) -> "pandas.DataFrame":
-        """The main columns for people, chance in the last row.
-
-        `p` is against the adapter, `p copy` against the nearest training neighbour's summary. top-1, top-5, MRR and
-        source are in pools of `POOL` sources, top-1 of N is among the whole split.
-        """
+        """The main columns for people, chance in the last row. `p` is against the adapter, `p copy` against the nearest
+        training neighbour's summary. top-1, top-5, MRR and source are in pools of `POOL`, top-1 of N in the split."""
         import pandas
 
         frame, first = self.frame, self.frame.iloc[0]
@@ -116,11 +113,9 @@ def score_baselines(
     dataset: "SummaryDataset",
     rows: Sequence[int],
 ) -> Report:
-    """Let each system write summaries of `rows` of `dataset`, and score them.
-
-    A summary has to identify its own source among all sources of the dataset. The first system is the adapter, with
-    which the others are compared. Raises ValueError as `check_pairs` and `identify_sources` do.
-    """
+    """Let each system write summaries of `rows` of `dataset`, and score them. A summary has to identify its own source
+    among all sources of the dataset. The first system is the adapter, with which the others are compared. Raises
+    ValueError as `check_pairs` and `identify_sources` do."""
     import pandas
 
     every = [record.target_text for record in dataset.records]
@@ -163,19 +158,15 @@ def score_checkpoint(
     checkpoint: Path, data_dir: str, split: str, samples: int, sampling: "Sampling | None", device: "torch.device"
 ) -> Report:
     """Score an adapter file and its baselines on a seeded sample of a split; 0 `samples` take the whole split.
-
-    `sampling` adds the best of several candidates. Raises FileNotFoundError and ValueError as loading the data does.
-    """
+    `sampling` adds the best of several candidates. Raises FileNotFoundError and ValueError as loading the data does."""
     return _score({TRUE: checkpoint}, data_dir, split, samples, device, sampling, True)
 
 
 def score_adapters(
     checkpoints: Mapping[str, Path], data_dir: str, split: str, samples: int, device: "torch.device"
 ) -> Report:
-    """Several adapters on the same texts, the first with its shuffled control.
-
-    Raises ValueError where they differ in models, position of the soft tokens or length of the summaries.
-    """
+    """Several adapters on the same texts, the first with its shuffled control. Raises ValueError where they differ in
+    models, position of the soft tokens or length of the summaries."""
     return _score(checkpoints, data_dir, split, samples, device)
 
 
@@ -243,10 +234,8 @@ def score_frame(metrics: Mapping[str, Any]) -> "pandas.DataFrame":
 
 
 def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The lines of a predictions file, each with at least `fields`.
-
-    Raises FileNotFoundError for no such file and ValueError for an empty one or, naming it, for a line without them.
-    """
+    """The lines of a predictions file, each with at least `fields`. Raises FileNotFoundError for no such file and
+    ValueError for an empty one or, naming it, for a line without them."""
     lines = []
     for number, line in read_lines(path):
         values = parse_line(line, f"{path}, line {number}")
@@ -266,11 +255,9 @@ def sample_frame(predictions: Path, count: int = 5) -> "pandas.DataFrame":
 
 
 def examples_frame(predictions: Path, count: int = 3) -> "pandas.DataFrame":
-    """By F1, the `count` best, median and worst summaries of a predictions file, best first; none is in two groups.
-
-    A file of fewer than 3 x `count` lines gives a third of its lines to each group. Raises as `read_predictions` does,
-    and ValueError for fewer than three lines or a `count` below 1.
-    """
+    """By F1, the `count` best, median and worst summaries of a predictions file, best first; none is in two groups. A
+    file of fewer than 3 x `count` lines gives a third of its lines to each group. Raises as `read_predictions` does,
+    and ValueError for fewer than three lines or a `count` below 1."""
     import pandas
 
     if count < 1:

@@ -5,7 +5,6 @@ from .explore import (
     interpolate as interpolate,
     mean_vector as mean_vector,
     newest_run as newest_run,
-    project as project,
     read_vector as read_vector,
 )
 from .summarizer import Elm as Elm

@@ -82,10 +82,8 @@ class TextPairs(NamedTuple):
 
 
 def read_pairs(predictions: Path, references: Path) -> TextPairs:
-    """The lines of a predictions file beside the records that it was written for.
-
-    Raises ValueError for files of unequal length, or where a line belongs to another embedding than its record.
-    """
+    """The lines of a predictions file beside the records that it was written for. Raises ValueError for files of
+    unequal length, or where a line belongs to another embedding than its record."""
     references = find_records(references)
     records = list(read_records(references, num_rows=sys.maxsize))
     lines = read_predictions(predictions, "prediction")
@@ -104,10 +102,8 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
 
 
 def _read_requests(records: Path | None, vectors: EmbeddingFile) -> list[tuple[int, str, str]]:
-    """(embedding row, prompt template, source_id) of each record, or of each row where there are no records.
-
-    Raises ValueError for a bad record, or for a row that is used and not finite or zero.
-    """
+    """(embedding row, prompt template, source_id) of each record, or of each row where there are no records. Raises
+    ValueError for a bad record, or for a row that is used and not finite or zero."""
     requests = [(row, data.TASK_TEMPLATES["summary"], "") for row in range(vectors.num_rows)]
     if records:
         read = read_records(records, vectors.num_rows)

@@ -42,10 +42,8 @@ class Explorer:
     """A trained adapter and the data that it was trained on: summaries, comparisons, and cards for a notebook."""
 
     def __init__(self, elm: Elm, data_dir: Path | str, split: str = "val"):
-        """`split` holds the texts to choose from.
-
-        Raises as `load_split` does, and ValueError for vectors of another size or a split of one source.
-        """
+        """`split` holds the texts to choose from. Raises as `load_split` does, and ValueError for vectors of another
+        size or a split of one source."""
         self.elm = elm
         config = replace(elm.file.config, summary_data_path=str(data_dir))
         self.train, self.val = (load_split(config, name, elm.model.tokenizer) for name in ("train", split))
@@ -79,10 +77,8 @@ class Explorer:
         candidates: int = 8,
     ) -> Iterator[str]:
         """The summary of `vector` (embedding_dim,) after each token; with BEAMS and BEST_OF only the whole one.
-
         `decoding` is GREEDY, BEAMS, SAMPLED or BEST_OF and takes of the other settings what it needs. BEST_OF: the
-        candidate whose re-embedding is nearest to the vector.
-        """
+        candidate whose re-embedding is nearest to the vector."""
         batch, model = self.elm.batch(vector[None]), self.elm.model
         if decoding == BEAMS:
             yield model.search_beams(batch, tokens, beams)[0]
@@ -112,10 +108,8 @@ class Explorer:
         return pandas.DataFrame(nearest, columns=["similarity", "source_id", "summary"])
 
     def answer(self, question: Question, **decoding: Any) -> Iterator[list[tuple[str, str]]]:
-        """The rows (name, value) of a card: the summary after each token, and last all that it is compared with.
-
-        Raises ValueError for a vector of another size, zero or not finite.
-        """
+        """The rows (name, value) of a card: the summary after each token, and last all that it is compared with. Raises
+        ValueError for a vector of another size, zero or not finite."""
         vector, text = question.vector, ""
         for text in self.stream(vector, **decoding):
             yield [("summary", text)]
@@ -154,11 +148,9 @@ class Explorer:
     def card(
         self, question: Callable[..., Question | np.ndarray], button: str = "", **controls: Any
     ) -> "ipywidgets.VBox":
-        """A card that calls `question` with the values of its `controls`, as `ipywidgets.interactive` does.
-
-        `question` returns a vector (dim,) or a `Question`. With `button`, it is called by that button alone. A
-        ValueError or OSError, which what was typed can cause, is shown on the card in one line.
-        """
+        """A card that calls `question` with the values of its `controls`, as `ipywidgets.interactive` does. `question`
+        returns a vector (dim,) or a `Question`. With `button`, it is called by that button alone. A ValueError or
+        OSError, which what was typed can cause, is shown on the card in one line."""
         import ipywidgets
 
         html = ipywidgets.HTML()
@@ -191,10 +183,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
-    """The run that saved its adapter last, and its data, of several runs (folder -> data folder).
-
-    Raises FileNotFoundError where none has an adapter.
-    """
+    """The run that saved its adapter last, and its data, of several runs (folder -> data folder). Raises
+    FileNotFoundError where none has an adapter."""
     saved = {Path(run, BEST).stat().st_mtime: run for run in runs if Path(run, BEST).is_file()}
     if not saved:
         raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
@@ -227,11 +217,9 @@ def _with_length(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
 
 
 def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
-    """A vector (dim,) of what a person typed: numbers between spaces or commas, or row `row` of a file.
-
-    A file is .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises FileNotFoundError for
-    no such file, and ValueError for text that is no vector or a row that the file does not have.
-    """
+    """A vector (dim,) of what a person typed: numbers between spaces or commas, or row `row` of a file. A file is
+    .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises FileNotFoundError for no such
+    file, and ValueError for text that is no vector or a row that the file does not have."""
     text = str(text).strip()
     typed, path = text.lstrip("[-+. ")[:1].isdigit(), Path(text).expanduser()
     if not typed and not path.is_file():
@@ -251,10 +239,3 @@ def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
     if not 0 <= row < len(rows):
         raise ValueError(f"{path} has {len(rows)} vectors; there is no row {row}")
     return rows[row]
-
-
-def project(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (n, dim) on their first two principal components (Pearson, 1901), (n, 2)."""
-    from sklearn.decomposition import PCA
-
-    return PCA(n_components=2, random_state=0).fit_transform(vectors)

@@ -102,11 +102,9 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         batch_size: int = _BATCH,
     ) -> list[str]:
         """One summary for each of `vectors` (n, embedding_dim), of any float type and device, by greedy decoding.
-
         `max_new_tokens` 0 uses the training's. With `sampling`, that many candidates are drawn and the one whose
         re-embedding is nearest to the vector is kept. `task` is a task's name or a prompt template with `{text}`.
-        Raises ValueError for vectors of another size and, with its number, for a row that is zero or not finite.
-        """
+        Raises ValueError for vectors of another size and, with its number, for a row that is zero or not finite."""
         length = max_new_tokens or self.file.config.max_new_tokens
         rows, texts = self.check_vectors(vectors), list[str]()
         for start in range(0, len(rows), batch_size):

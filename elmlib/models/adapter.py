@@ -18,8 +18,7 @@ from elmlib.data.records import atomic_path
 BEST = "best_summary_model.safetensors"  # file name of a run's best adapter
 
 PRE_ACTIVATION_RMS = 1.7
-"""Size of the MLP's random features. At torch's default, 0.6, a GELU is nearly linear, and the MLP adds little to the
-linear path."""
+"""Size of the MLP's random features. At torch's default, 0.6, a GELU is nearly linear, and the MLP adds little."""
 
 START_RMS = 10.0
 """Size of the warm start before the norm, which hides it from the output. It is large beside what AdamW adds to the
@@ -40,12 +39,10 @@ class LinearMap(NamedTuple):
 
 
 class EmbeddingAdapter(nn.Module):
-    """Embedding -> `num_soft_tokens` vectors at the scale of the LLM's own token embeddings; float32 throughout.
-
-    z = residual_scale * S(x) + W2 . dropout(gelu(W1 . x)) for the standardised embedding x; out = gain * z / rms(z).
-    W2 starts at zero, so only the linear path S acts at first; `gain` (one number per hidden dimension) starts at the
-    RMS of the LLM's token embeddings. RMSNorm: Zhang and Sennrich, NeurIPS 2019.
-    """
+    """Embedding -> `num_soft_tokens` vectors at the scale of the LLM's own token embeddings; float32 throughout. z =
+    residual_scale * S(x) + W2 . dropout(gelu(W1 . x)) for the standardised embedding x; out = gain * z / rms(z). W2
+    starts at zero, so only the linear path S acts at first; `gain` (one number per hidden dimension) starts at the RMS
+    of the LLM's token embeddings. RMSNorm: Zhang and Sennrich, NeurIPS 2019."""
 
     mean: Tensor
     std: Tensor
@@ -110,15 +107,9 @@ def make_adapter(config: SummaryTrainingConfig, table: Tensor) -> EmbeddingAdapt
     """A new adapter of the config's shape, seeded, its output at the scale of `table` (vocab, llm_dim)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return EmbeddingAdapter(
-            embedding_dim=config.embedding_dim,
-            llm_dim=table.shape[1],
-            num_soft_tokens=config.num_soft_tokens,
-            hidden_dim=config.hidden_dim,
-            dropout_rate=config.dropout_rate,
-            residual_scale=config.residual_scale,
-            token_rms=math.sqrt(table.float().square().mean().item()),
-        )
+        sizes = config.embedding_dim, table.shape[1], config.num_soft_tokens, config.hidden_dim
+        token_rms = math.sqrt(table.float().square().mean().item())
+        return EmbeddingAdapter(*sizes, config.dropout_rate, config.residual_scale, token_rms)
 
 
 class AdapterFile(NamedTuple):

@@ -23,25 +23,10 @@ NUCLEUS_TOKENS = 512  # most tokens of a nucleus; at the default temperature the
 class Sampling(NamedTuple):
     """How candidates are sampled."""
 
-    count: int = 8  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
-    """Candidates per embedding."""
+    count: int = 8  # type: ignore[assignment]  # candidates per embedding; hides tuple.count, which nobody calls
     temperature: float = 0.7  # 0 decodes greedily
     top_p: float = 0.95
     seed: int = 0
-
-
-class Reading(NamedTuple):
-    """What one forward pass gives."""
-
-    soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
-    hidden: Tensor  # (batch, answer length, llm_dim) last hidden states, LLM's dtype; position t predicts label t
-
-
-class Prefix(NamedTuple):
-    """The constant beginning of a prompt, read once by the frozen LLM."""
-
-    embeds: Tensor  # (1, prefix length, llm_dim)
-    cache: DynamicCache
 
 
 class SoftTokenModel:
@@ -61,7 +46,7 @@ class SoftTokenModel:
         # generate() takes missing settings from the model's own defaults, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
-        self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[Tensor, DynamicCache]] = {}
 
         # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
         self._share_prefix = not use_gradient_checkpointing
@@ -74,14 +59,16 @@ class SoftTokenModel:
         other.adapter = adapter
         return other
 
-    def __call__(self, batch: Batch) -> Reading:
-        """Teacher forcing: the answer positions alone, given the embeddings and the answer so far."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: soft tokens (batch, num_soft_tokens, llm_dim) float32, and the last hidden states at the
+        answer positions (batch, answer length, llm_dim) in the LLM's dtype; position t predicts label t."""
         soft = self.adapter(batch.embeddings)
-        embeds, cache = self.place_tokens(batch.prompt, soft, self.answer_so_far(batch.labels))
+        # Behind the soft tokens all labels but the last; padding stands right of them, where causality hides it.
+        embeds, cache = self.place_tokens(batch.prompt, soft, self._embed(batch.labels[:, :-1].clamp_min(0)))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
         self.llm.train(not self._share_prefix and torch.is_grad_enabled())
         output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=cache is not None)
-        return Reading(soft, output.last_hidden_state[:, -batch.labels.shape[1] :])
+        return soft, output.last_hidden_state[:, -batch.labels.shape[1] :]
 
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
         """Greedy answers, one a row, stripped of surrounding white space."""
@@ -170,11 +157,6 @@ class SoftTokenModel:
         answers = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
-    def answer_so_far(self, labels: Tensor) -> Tensor:
-        """What follows the soft tokens under teacher forcing: embeddings of all but each row's last label. labels
-        (batch, length); padding sits right of every label, where causality hides it."""
-        return self._embed(labels[:, :-1].clamp_min(0))
-
     def place_tokens(
         self, prompt: PromptIds, soft: Tensor, answer: Tensor | None = None
     ) -> tuple[Tensor, DynamicCache | None]:
@@ -186,20 +168,21 @@ class SoftTokenModel:
         ids = torch.tensor([between], dtype=torch.long, device=soft.device)
         parts = [soft.to(self.table.dtype), self._embed(ids).expand(batch, -1, -1)]
         parts += [] if answer is None else [answer]
-        prefix = self._prefix(before)
+        start, cache = self._prefix(before)
         if not self._share_prefix:
-            return torch.cat([prefix.embeds.expand(batch, -1, -1), *parts], dim=1), None
-        return torch.cat(parts, dim=1), _copies(prefix.cache, batch)
+            return torch.cat([start.expand(batch, -1, -1), *parts], dim=1), None
+        return torch.cat(parts, dim=1), _copies(cache, batch)
 
     @torch.no_grad()
-    def _prefix(self, before: list[int]) -> Prefix:
+    def _prefix(self, before: list[int]) -> tuple[Tensor, DynamicCache]:
+        """Embeddings (1, length, llm_dim) of the constant beginning, and its keys and values, read once."""
         key = tuple(before)
         if key not in self._prefixes:
             ids = torch.tensor([before], device=self.table.device)
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
                 self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
-            self._prefixes[key] = Prefix(self._embed(ids), cache)
+            self._prefixes[key] = self._embed(ids), cache
         return self._prefixes[key]
 
     def _embed(self, ids: Tensor) -> Tensor:

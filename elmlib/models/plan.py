@@ -82,48 +82,32 @@ class StepPlan(NamedTuple):
         return sum(self[:5])
 
 
-class Plan(NamedTuple):
-    """The estimates of `elm plan`."""
-
-    config: PlanConfig
-    shape: Shape
-    evaluation: int  # bytes of the embedder and of BERTScore's encoder, which stay on the card between evaluations
-
-    def total(self, batch_size: int, checkpointing: bool) -> float:
-        """Bytes that a card needs: step, evaluation models, margin and CUDA's context."""
-        step = plan_step(self.config, self.shape, batch_size, checkpointing)
-        return MARGIN * (step.memory + self.evaluation) + CONTEXT_BYTES
-
-    def to_frame(self) -> "DataFrame":
-        """Parts for the config's batch size, without margin, totals by batch size, and the largest one for each card.
-        One column plain, one with gradient checkpointing; GiB where nothing else is said."""
-        import pandas
-
-        columns = {}
-        for name, way in (("plain", False), ("checkpointing", True)):
-            step = plan_step(self.config, self.shape, self.config.batch_size, way)
-            parts = step._asdict() | {"embedder_and_BERTScore_encoder": self.evaluation}
-            rows = {part.replace("_", " "): x / GIB for part, x in parts.items() if part != "operations"}
-            rows["operations (TFLOP)"] = step.operations / 1e12
-            sizes = sorted({*_BATCH_SIZES, self.config.batch_size})
-            rows |= {f"total, batch size {size}": self.total(size, way) / GIB for size in sizes}
-            for card in self.config.gpu_memory:
-                fitting = [size for size in _BATCH_SIZES if self.total(size, way) <= card * GIB]
-                rows[f"largest batch size on a card of {card:g} GiB"] = max(fitting, default=0)
-            columns[name] = rows
-        return pandas.DataFrame(columns).round(2)
-
-
-def plan_training(config: PlanConfig) -> Plan:
-    """Estimate a training step. Raises as `read_shape`, and ValueError for an LLM whose layers the formula does not
+def plan_training(config: PlanConfig) -> "DataFrame":
+    """Memory of a training step in GiB, plain and with gradient checkpointing (columns): its parts for the config's
+    batch size, without margin; then, with margin and CUDA's context, the total for each batch size, and the largest
+    batch size for each card. Raises as `read_shape`, and ValueError for an LLM whose layers the formula does not
     describe, such as a mixture of experts."""
+    import pandas
+
     shape, evaluation = read_shape(config.llm_model_name), 0
     if shape.model_type not in NORMS:
         raise ValueError(f"{config.llm_model_name} is a {shape.model_type!r}; `elm plan` knows {', '.join(NORMS)}")
-    if config.evaluation_device != "cpu":
+    if config.evaluation_device != "cpu":  # both stay on the card between evaluations
         evaluation = (2 if config.use_bf16 else 4) * read_shape(config.embedding_model_name).parameters
         evaluation += 4 * read_shape(config.bertscore_model).parameters
-    return Plan(config, shape, evaluation)
+    columns: dict[str, dict[str, float]] = {}
+    for column, checkpointing in (("plain", False), ("checkpointing", True)):
+        steps = {size: plan_step(config, shape, size, checkpointing) for size in {*_BATCH_SIZES, config.batch_size}}
+        totals = {n: MARGIN * (steps[n].memory + evaluation) + CONTEXT_BYTES for n in sorted(steps)}
+        *parts, operations = steps[config.batch_size]._asdict().items()
+        rows = {name.replace("_", " "): x / GIB for name, x in (*parts, ("embedder_and_BERTScore_encoder", evaluation))}
+        rows["operations (TFLOP)"] = operations[1] / 1e12
+        rows |= {f"total, batch size {size}": total / GIB for size, total in totals.items()}
+        for card in config.gpu_memory:
+            fitting = [size for size, total in totals.items() if total <= card * GIB]
+            rows[f"largest batch size on a card of {card:g} GiB"] = max(fitting, default=0)
+        columns[column] = rows
+    return pandas.DataFrame(columns).round(2)
 
 
 def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: bool) -> StepPlan:

@@ -89,12 +89,10 @@ def _wheel_version(name: str) -> str:
 
 
 def locate(name: str, revision: str = "") -> str:
-    """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id.
-
-    With the hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes.
-    Raises FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere, and
-    ValueError for an installed wheel of another version than `revision`.
-    """
+    """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id. With the
+    hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes. Raises
+    FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere, and ValueError
+    for an installed wheel of another version than `revision`."""
     found = find(name)
     if Path(found).is_dir():
         if revision and (there := _wheel_version(name)) and there != revision:
@@ -127,8 +125,7 @@ def locate(name: str, revision: str = "") -> str:
 def load_llm(
     name: str, dtype: "torch.dtype", device: "torch.device | str", revision: str = ""
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a commit of the hub, empty for the newest.
-    Raises as `locate` does."""
+    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a hub commit; raises as `locate`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -160,8 +157,7 @@ def check_head(llm: "PreTrainedModel") -> None:
 
 def load_embedder(name: str, device: "torch.device | str", revision: str = "") -> "SentenceTransformer":
     """A text embedder, frozen and in eval mode, in bfloat16 where the device multiplies it natively. On 2 cores with
-    avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32. Raises as `locate`
-    does."""
+    avx512_bf16, MiniLM embeds 2.7 times as fast in bfloat16, at a mean cosine of 0.9998 to float32."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -172,8 +168,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
 
 
 def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1). Raises ValueError
-    for no texts."""
+    """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1)."""
     if not texts:
         raise ValueError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)

@@ -101,12 +101,10 @@ def fit_ridge(train: NormalEquations, val: NormalEquations) -> Ridge:
 
 
 def whitened_maps(ridge: Ridge, count: int) -> list[LinearMap]:
-    """`count` maps of what `ridge` predicts, each whitened more; outputs have root mean square 1 over the rows.
-
-    Map j is C^-p (y(x) - m) for p = j / count, with m and C the targets' mean and covariance, plus MEAN_SHARE of m's
-    direction. p = 0 is the regression, dominated by what all targets share; p = 1/2 whitens the targets; p = 1 would
-    be Fisher's linear discriminant (Fisher, 1936), which separates this target from the others.
-    """
+    """`count` maps of what `ridge` predicts, each whitened more; outputs have root mean square 1 over the rows. Map j
+    is C^-p (y(x) - m) for p = j / count, with m and C the targets' mean and covariance, plus MEAN_SHARE of m's
+    direction. p = 0 is the regression, dominated by what all targets share; p = 1/2 whitens the targets; p = 1 would be
+    Fisher's linear discriminant (Fisher, 1936), which separates this target from the others."""
     (center, spread), (mean, covariance) = ridge.inputs, ridge.outputs
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0) + _FLOOR * values.mean().clamp_min(1e-12)
@@ -189,8 +187,7 @@ def token_idf(answers: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
 
 def mean_token_embedding(labels: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of each row's token embeddings, (batch, llm_dim) float32. labels (batch, length) with negative
-    padding; table (vocab, llm_dim); weights (vocab,), at least 0. A row whose tokens all weigh 0 gets their plain
-    mean."""
+    padding; table (vocab, llm_dim); weights (vocab,), at least 0. Tokens that all weigh 0 get their plain mean."""
     ids = labels.clamp_min(0)
     present = (labels >= 0).float()
     weighted = weights[ids] * present
@@ -213,8 +210,7 @@ def _write(path: Path, warm_start: WarmStart) -> None:
     tensors = {name: getattr(warm_start, name) for name in ("mean", "std", "idf")}
     for name in _RIDGES:
         ridge: Ridge = getattr(warm_start, name)
-        strength = torch.tensor(ridge.strength, dtype=torch.float64)
-        parts = (*ridge.map, strength, *ridge.inputs, *ridge.outputs)
+        parts = (*ridge.map, torch.tensor(ridge.strength, dtype=torch.float64), *ridge.inputs, *ridge.outputs)
         tensors |= {f"{name}.{number}": part for number, part in enumerate(parts)}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 
 def ranks_info(run: Path) -> "pandas.DataFrame":
-    """How the summaries in `run`/predictions.jsonl rank their own reference among all, 1 is best.
-
-    One row a bin of ranks, which double in width: 1, 2, 3-4, 5-8, ...; columns `summaries`, and `chance`: the summaries
-    to expect if every rank is equally likely. Raises FileNotFoundError where there is no such file and ValueError where
-    its lines have no rank or one beyond its sources.
-    """
+    """How the summaries in `run`/predictions.jsonl rank their own reference among all, 1 is best. One row a bin of
+    ranks, which double in width: 1, 2, 3-4, 5-8, ...; columns `summaries`, and `chance`: the summaries to expect if
+    every rank is equally likely. Raises FileNotFoundError where there is no such file and ValueError where its lines
+    have no rank or one beyond its sources."""
     import pandas
 
     path = Path(run) / "predictions.jsonl"
@@ -73,8 +71,7 @@ def plot_similarity(info: "pandas.DataFrame", ax: "Axes") -> None:
 
 def draw_report(path: Path) -> "Figure":
     """The mean F1 of each system in the CSV that `elm report --output` wrote, with its 95 % interval. The dashed line
-    is the mean of the adapter, the first system. Raises FileNotFoundError for no such file, and ValueError for another
-    table."""
+    is the mean of the adapter, the first system. Raises ValueError for another table."""
     import pandas
     from matplotlib.figure import Figure
 

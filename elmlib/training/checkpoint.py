@@ -11,7 +11,7 @@ from torch import Tensor
 from elmlib.config import SummaryTrainingConfig
 from elmlib.models.adapter import BEST, EmbeddingAdapter, load_adapter, load_tensors, save_adapter, save_tensors
 
-_STEP = re.compile(r"adapter_step_(\d+)\.safetensors")
+_STEP = re.compile(r"adapter_step_\d+\.safetensors")
 
 
 @dataclass
@@ -72,8 +72,6 @@ def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optim
     torch.set_rng_state(tensors["random"])
     if "random_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random_cuda"])
-    for pairs in ("best_values", "history"):
-        header[pairs] = tuple((first, second) for first, second in header[pairs])
     if "window" in header:  # the name in earlier versions
         header["group"] = header.pop("window")
     return RunState(**header)
@@ -87,9 +85,7 @@ def step_checkpoints(folder: Path) -> list[Path]:
 def archive_run(folder: Path) -> Path | None:
     """Move an earlier run in `folder` into a subfolder, so that a new one neither mixes with nor replaces it; returns
     the subfolder, or None where there is no run."""
-    names = (
-        "adapter_step_*", "run_state_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json", "scorecard_*"
-    )  # fmt: skip
+    names = ("*_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json", "scorecard_*")
     found = [path for name in names for path in Path(folder).glob(name)]
     if not found:
         return None
@@ -103,8 +99,7 @@ def archive_run(folder: Path) -> Path | None:
 
 def find_checkpoint(config: SummaryTrainingConfig) -> Path | None:
     """The checkpoint that `config.resume_from` names; None to start a new run. `latest` in a folder without a
-    checkpoint starts a new run. Raises FileNotFoundError for a named file that does not exist, ValueError for one that
-    is no step checkpoint."""
+    checkpoint starts a new run. Raises FileNotFoundError for a file that does not exist, ValueError for another."""
     if not config.resume_from:
         return None
     if config.resume_from == "latest":
@@ -136,6 +131,4 @@ def _state_path(adapter_path: Path) -> Path:
 
 
 def _step_of(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
+    return int(path.stem.rpartition("_")[2])

@@ -48,7 +48,14 @@ class ReEmbed:
 
     def __init__(self, embedder: "SentenceTransformer", llm_tokenizer: Any):
         """Raises ValueError where the two tokenizers number their tokens differently."""
-        _check_one_tokenizer(embedder.tokenizer, llm_tokenizer)
+        small, large = sorted((embedder.tokenizer, llm_tokenizer), key=len)
+        numbers = large.get_vocab()
+        different = sum(numbers.get(token) != number for token, number in small.get_vocab().items())
+        if different:
+            raise ValueError(
+                f"text_drift_head re_embed needs an embedder with the LLM's tokenizer, but {different} of {len(small)} "
+                f"tokens of {small.name_or_path} have other numbers in {large.name_or_path}; use --drift-head readout"
+            )
         self.transformer = cast("PreTrainedModel", embedder[0].auto_model)
         self.after = list(embedder)[1:]  # pooling and whatever follows it
         self.table = cast(Tensor, self.transformer.get_input_embeddings().weight)
@@ -84,15 +91,3 @@ class ReEmbed:
 
 
 DriftHead = DriftReadout | ReEmbed  # predictions of a batch -> (batch, embedding_dim) vector of the expected text
-
-
-def _check_one_tokenizer(embedder_tokenizer: Any, llm_tokenizer: Any) -> None:
-    """Raise ValueError unless the tokens of the smaller vocabulary have the same numbers in the larger."""
-    small, large = sorted((embedder_tokenizer.get_vocab(), llm_tokenizer.get_vocab()), key=len)
-    different = sum(large.get(token) != number for token, number in small.items())
-    if different:
-        raise ValueError(
-            f"text_drift_head re_embed needs an embedder with the LLM's tokenizer, but {different} of {len(small)} "
-            f"tokens of {embedder_tokenizer.name_or_path} and {llm_tokenizer.name_or_path} have other numbers; "
-            "use --drift-head readout"
-        )

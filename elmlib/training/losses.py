@@ -92,10 +92,8 @@ def info_nce(anchors: Tensor, positives: Tensor, sources: Tensor, temperature: f
 
 
 def text_drift(vectors: Tensor, embeddings: Tensor, target_similarity: float) -> tuple[Tensor, Tensor]:
-    """relu(target_similarity - cos(v, e)) and the cosine itself, each (batch,); v and e (batch, embedding_dim).
-
-    `vectors` must be in the embedder's own space: a cosine between vectors of unrelated spaces means nothing.
-    """
+    """relu(target_similarity - cos(v, e)) and the cosine itself, each (batch,); v and e (batch, embedding_dim), both in
+    the embedder's own space: a cosine between vectors of unrelated spaces means nothing."""
     similarity = F.cosine_similarity(vectors, embeddings, dim=-1)
     return F.relu(target_similarity - similarity), similarity
 
@@ -103,12 +101,12 @@ def text_drift(vectors: Tensor, embeddings: Tensor, target_similarity: float) ->
 class LossInputs(NamedTuple):
     """What the losses of one batch are computed from."""
 
+    components: "TrainingComponents"
     config: SummaryTrainingConfig
     batch: Batch
     soft_tokens: Tensor  # (batch, num_soft_tokens, llm_dim) float32
     predictions: Predictions
     predicted_vectors: Tensor | None  # (batch, embedding_dim): the expected text, embedded; None without the drift loss
-    positives: Tensor | None  # (batch, llm_dim): mean token embedding of each target; None without the contrastive loss
 
 
 class Loss(NamedTuple):
@@ -127,9 +125,9 @@ class Loss(NamedTuple):
 
 
 def _contrastive(inputs: LossInputs) -> Tensor:
-    assert inputs.positives is not None
-    anchors, temperature = inputs.soft_tokens.mean(1), inputs.config.contrastive_temperature
-    return info_nce(anchors, inputs.positives, inputs.batch.sources, temperature).sum()
+    labels, sources, parts = inputs.batch.labels, inputs.batch.sources, inputs.components
+    positives = mean_token_embedding(labels, parts.model.table, parts.warm_start.idf)  # (batch, llm_dim)
+    return info_nce(inputs.soft_tokens.mean(1), positives, sources, inputs.config.contrastive_temperature).sum()
 
 
 def _drift(inputs: LossInputs) -> Tensor:
@@ -153,18 +151,11 @@ LOSSES = (
 
 def compute_losses(components: "TrainingComponents", batch: Batch, config: SummaryTrainingConfig) -> dict[str, Tensor]:
     """One forward pass, and the sum over `batch` of every loss in LOSSES that `config` asks for, by name."""
-    model = components.model
+    model, drift = components.model, config.use_text_drift_loss
     soft, hidden = model(batch)
-    drift, contrastive = config.use_text_drift_loss, config.use_contrastive_loss
     predictions = predict(hidden, model.head, batch.labels, config.drift_top_k if drift else 0)
-    inputs = LossInputs(
-        config,
-        batch,
-        soft,
-        predictions,
-        components.drift_head(predictions) if drift else None,
-        mean_token_embedding(batch.labels, model.table, components.warm_start.idf) if contrastive else None,
-    )
+    vectors = components.drift_head(predictions) if drift else None
+    inputs = LossInputs(components, config, batch, soft, predictions, vectors)
     return {loss.name: loss.sum(inputs) for loss in LOSSES if loss.is_on(config)}
 
 

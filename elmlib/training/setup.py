@@ -75,16 +75,12 @@ def build_components(config: SummaryTrainingConfig, device: torch.device) -> Tra
             raise ValueError("text_drift_head re_embed trains through the embedder: leave evaluation_device empty")
         drift_head = ReEmbed(embedder, model.tokenizer)
     references = [train.records[row].target_text for row in train.subset(BASELINE_TEXTS, config.eval_seed)]
-    return TrainingComponents(
-        model=model,
-        train=train,
-        val=val,
-        warm_start=warm_start,
-        drift_head=drift_head,
-        evaluator=create_evaluator(config, references, evaluation_device),
-        embedder=embedder,
-        embed=lambda texts: encode(embedder, texts, config.batch_size),
-    )
+    evaluator = create_evaluator(config, references, evaluation_device)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return encode(embedder, texts, config.batch_size)
+
+    return TrainingComponents(model, train, val, warm_start, drift_head, evaluator, embedder, embed)
 
 
 def accumulation_groups(

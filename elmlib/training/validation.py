@@ -82,7 +82,7 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
         batch = split.collate(chosen).to(device)
         other = split.vectors([swapped[row] for row in chosen]).to(device)
         for place, inputs in enumerate((batch, batch._replace(embeddings=other))):
-            predictions = predict(model(inputs).hidden, model.head, batch.labels, config.drift_top_k)
+            predictions = predict(model(inputs)[1], model.head, batch.labels, config.drift_top_k)
             totals[place] += predictions.nll.item()
             if place == 0:
                 cosines = text_drift(components.drift_head(predictions), batch.embeddings, 1.0)[1]

@@ -25,7 +25,6 @@ from elmlib.inference.explore import (
     interpolate,
     mean_vector,
     newest_run,
-    project,
     read_vector,
 )
 from elmlib.inference.summarizer import Elm
@@ -246,13 +245,3 @@ def test_card_decodes_by_the_shared_settings(explorer: Explorer) -> None:
         assert escape(summary) in one(card, ipw.HTML).value
     finally:
         method.value = "greedy"
-
-
-def test_project_keeps_distances_of_a_plane() -> None:
-    rng = np.random.default_rng(0)
-    flat = np.zeros((50, 6))
-    flat[:, :2] = rng.normal(size=(50, 2)) * [5, 2]
-    points = project(flat)
-    assert points.shape == (50, 2)
-    np.testing.assert_allclose(np.ptp(points, axis=0).prod() > 0, True)
-    np.testing.assert_allclose(np.linalg.norm(points[0] - points[1]), np.linalg.norm(flat[0] - flat[1]), rtol=1e-6)

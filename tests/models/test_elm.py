@@ -93,14 +93,14 @@ def naive_greedy(model, embedding, max_new_tokens):
 
 def logits_of(model, batch):
     """(batch, answer length, vocab)."""
-    return model(batch).hidden @ model.head.T
+    return model(batch)[1] @ model.head.T
 
 
 def gradients(model, batch):
     """Loss, and its gradient by the adapter's parameters, in train mode with the same dropout each time."""
     torch.manual_seed(0)
     model.adapter.train().zero_grad()
-    loss = predict(model(batch).hidden, model.head, batch.labels, 1).nll
+    loss = predict(model(batch)[1], model.head, batch.labels, 1).nll
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.adapter.named_parameters()}
 
@@ -110,7 +110,7 @@ def gradients(model, batch):
 def test_the_shared_prompt_equals_a_whole_reading(tiny_config, batch, checkpointing, position):
     model = make_model(tiny_config, checkpointing, position)
     with torch.no_grad():
-        soft, logits = model(batch).soft_tokens, logits_of(model, batch)
+        soft, logits = model(batch)[0], logits_of(model, batch)
         assert soft.shape == (len(ROWS), tiny_config.num_soft_tokens, 32)
         assert logits.shape == (*batch.labels.shape, len(model.table))
         assert torch.equal(soft, model.adapter(batch.embeddings))
@@ -160,7 +160,7 @@ def test_with_gradient_checkpointing_no_gradient_piles_up_in_the_prompt(tiny_con
     """transformers makes every embedding that it looks up ask for a gradient, which kept ones would add up."""
     model = make_model(tiny_config, checkpointing=True)
     gradients(model, batch)
-    kept = model._prefix(batch.prompt.around(model.position)[0]).embeds
+    kept = model._prefix(batch.prompt.around(model.position)[0])[0]
     assert not kept.requires_grad
     assert kept.grad is None
 
@@ -269,12 +269,12 @@ def test_the_cached_prompt_is_not_changed_by_use(model, split, batch):
     with torch.no_grad():
         logits, texts = logits_of(model, batch), model.generate(prompts, 5)
         before = batch.prompt.around(model.position)[0]
-        cached = model._prefix(before).cache
+        cached = model._prefix(before)[1]
         twin = copy.deepcopy(cached)
         for _ in range(2):
             assert model.generate(prompts, 5) == texts
             assert torch.equal(logits_of(model, batch), logits)
-    assert model._prefix(before).cache is cached
+    assert model._prefix(before)[1] is cached
     assert cached.get_seq_length() == len(before)
     for layer, other in zip(cached.layers, twin.layers, strict=True):
         assert torch.equal(layer.keys, other.keys)
