@@ -99,7 +99,7 @@ $(RUNS)/%/04_analysis.ipynb: $(call needs,04_analysis)
 $(RUNS)/%/05_ask.ipynb: $(call needs,05_ask)
 	$(run)
 
-# 7 minutes on 2 quiet cores with bfloat16, 32 on 2 cores without AVX-512.
+# 10 minutes on 2 quiet cores with bfloat16, 32 on 2 cores without AVX-512.
 demo: $(RUNS)/demo/02_train.ipynb
 	@$(BIN)/python -c "import json; from elmlib.evaluation import score_frame; \
 		print(score_frame(json.load(open('$(RUNS)/demo/result.json'))).to_string(float_format='{:.3f}'.format))"
