@@ -11,10 +11,10 @@ from torch.nn import Module
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.models.adapter import EmbeddingAdapter
-from elmlib.training import trainer
+from elmlib.training import setup, trainer
 
 sent: list[int] = []
-share_adapter = trainer.share_adapter
+share_adapter = setup.share_adapter
 
 
 def counting(adapter: EmbeddingAdapter, accelerator: Accelerator) -> Module:
@@ -30,7 +30,7 @@ def counting(adapter: EmbeddingAdapter, accelerator: Accelerator) -> Module:
 
 
 if __name__ == "__main__":
-    trainer.share_adapter = counting
+    setup.share_adapter = counting
     result = trainer.train(SummaryTrainingConfig.from_json(Path(sys.argv[1])))
     if PartialState().is_main_process:
         print("sent", sum(sent), result.metrics["steps"] * result.metrics["num_parameters_trained"])
