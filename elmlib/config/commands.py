@@ -1,4 +1,4 @@
-"""The settings of each command but `elm train`; every field's docstring is its help."""
+"""The settings of each command but `elm train`; the note on each field is its help."""
 
 import re
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The settings of a training run, checked where they are made.
 
-Each field's docstring gives its meaning, unit and range; `elm train --help` prints the same words.
+The note on each field gives its meaning, unit and range; `elm train --help` prints the same words.
 `flag(...)` gives the name on the command line where the user's guide differs from the config.
 """
 
