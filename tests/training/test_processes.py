@@ -1,0 +1,115 @@
+"""Several processes: each holds its share of the LLM, all agree on every token, and a run resumes on as many."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.test_setup import launch, two_processes
+
+from elmlib.config import SummaryTrainingConfig
+from elmlib.training import trainer, validation
+from elmlib.training.loggers import read_metrics
+from elmlib.training.setup import build_components
+from elmlib.training.trainer import train
+
+heavy = pytest.mark.heavy
+LONGEST_EVALUATION = 3600.0  # seconds that the other processes may wait for the first
+
+
+@pytest.fixture
+def config(tiny_config: SummaryTrainingConfig) -> SummaryTrainingConfig:
+    """Half an epoch, which ends in an evaluation."""
+    return replace(tiny_config, max_epochs=1, train_rows=48, eval_first=False)
+
+
+def watch(config: SummaryTrainingConfig, folder: Path, *mode: str) -> list[dict[str, Any]]:
+    """What each of two processes found in a run on a sharded LLM."""
+    settings = two_processes(config, folder)
+    script = Path(__file__).with_name("watched_run.py")
+    launch(str(script), str(settings), str(folder / "found-{rank}.json"), *mode, ACCELERATE_USE_FSDP="true")
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_llm: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    from conftest import tiny_settings
+
+    folder = tmp_path_factory.mktemp("watched")
+    config = replace(tiny_settings(tiny_llm, small_data, folder), max_epochs=1, train_rows=48, eval_first=False)
+    return watch(config, folder / "two")
+
+
+@heavy
+@pytest.mark.xfail(
+    strict=True, reason="G1: each layer is a root of its own, which is not resharded after its forward pass"
+)
+def test_a_process_never_holds_more_of_the_layers_than_its_share_and_one_layer(watched: list[dict[str, Any]]) -> None:
+    for found in watched:
+        assert max(found["during"]) <= found["share"] + found["layer"], found
+        assert set(found["between"]) == {found["share"]}, "the losses are computed while layers are whole"
+
+
+@heavy
+@pytest.mark.xfail(
+    strict=True, reason="G8: the others wait for the evaluation as long as the backend's default, NCCL's 10 minutes"
+)
+def test_processes_wait_longer_than_an_evaluation_takes(watched: list[dict[str, Any]]) -> None:
+    assert all(found["timeout"] >= LONGEST_EVALUATION for found in watched)
+
+
+@heavy
+@pytest.mark.xfail(strict=True, reason="G9: each process decodes by its own tokens, and hangs where another has ended")
+def test_processes_that_draw_other_tokens_do_not_hang(config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    watch(config, tmp_path / "two", "disagree")
+    lines = (tmp_path / "two/run/predictions.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["prediction"] for line in lines)
+
+
+@heavy
+@pytest.mark.xfail(strict=True, reason="G3: every process resumes with the random state of the first")
+def test_two_processes_resume_to_the_same_bytes_with_dropout(config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    command = ("-m", "elmlib.cli", "train", "--config")
+    config = replace(config, train_rows=96, dropout_rate=0.3, save_interval=3, keep_checkpoints=9)
+    launch(*command, str(two_processes(config, tmp_path / "whole")))
+    half = tmp_path / "whole/run/adapter_step_3.safetensors"
+    launch(*command, str(two_processes(config, tmp_path / "resumed", resume_from=str(half))))
+    whole, resumed = (tmp_path / name / "run/adapter_step_6.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+@heavy
+@pytest.mark.xfail(strict=True, reason="G3: the number of processes is not in the run state")
+def test_a_run_refuses_to_resume_on_another_number_of_processes(config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, gradient_accumulation_steps=1, save_interval=2, keep_checkpoints=9)
+    launch("-m", "elmlib.cli", "train", "--config", str(two_processes(config, tmp_path / "two")))
+    saved = tmp_path / "two/run/adapter_step_2.safetensors"
+    with pytest.raises(ValueError, match="2 processes"):
+        train(replace(config, resume_from=str(saved)))
+
+
+@pytest.mark.xfail(strict=True, reason="G5: accelerate's environment divides the gradients")
+def test_the_environment_of_accelerate_changes_no_gradient(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    for number, steps in enumerate(("1", "4")):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        folder = tmp_path / str(number)
+        train(replace(tiny_config, checkpoint_dir=str(folder), max_epochs=1, train_rows=16, eval_first=False))
+        norms.append([row.values["grad_norm"] for row in read_metrics(folder / "metrics.jsonl") if row.kind == "step"])
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.xfail(strict=True, reason="G7: an evaluation decodes all rows at once")
+def test_an_evaluation_decodes_in_batches(tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "DECODED", 5)
+    components = build_components(tiny_config, torch.device("cpu"))
+    sizes, generate = [], components.model.generate
+    monkeypatch.setattr(
+        components.model, "generate", lambda batch, n: sizes.append(len(batch[0])) or generate(batch, n)
+    )
+    found = trainer.validate(components, tiny_config, torch.device("cpu"))
+    assert sum(sizes) == len(found.predictions) == tiny_config.eval_samples and max(sizes) <= 5
