@@ -9,7 +9,7 @@ RUNS := papermill_runs
 SETTINGS := notebooks/parameters
 CODE := $(shell find elmlib -name '*.py')
 
-.PHONY: demo study-demo tour ablation showcase clean-demo lab benchmark test test-heavy test-browser format constraints
+.PHONY: demo study-demo tour ablation showcase clean-demo lab benchmark gpu-check test test-heavy test-browser format constraints
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -42,6 +42,11 @@ test-browser: .venv/.installed
 
 benchmark: .venv/.installed
 	$(BIN)/python tests/benchmarks/run.py
+
+# On a machine with a GPU, with or without network: the .venv is used where there is one, else $(PYTHON).
+OUT ?= gpu-check
+gpu-check:
+	PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/benchmarks/gpu_check.py $(OUT) $(ARGS)
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
