@@ -168,14 +168,15 @@ def _install() -> None:
         made = as_tensor(data, dtype=dtype)
         return made if device is None else made.to(device)
 
-    def new_generator(device: Any = "cpu") -> torch.Generator:
-        return generator("cpu" if is_ours(device) else device)
+    class NewGenerator:  # a class, for it stands in annotations
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return generator("cpu" if is_ours(device) else device)
 
     def inference_mode(mode: bool | Callable[..., Any] = True) -> Any:  # of which no wrapper can be a view
         return torch.no_grad()(mode) if callable(mode) else torch.no_grad() if mode else nullcontext()
 
     torch.tensor, torch.as_tensor = new_tensor, new_as_tensor  # the C++ ones make no tensor of a Python device
-    torch.Generator, torch.inference_mode = new_generator, inference_mode
+    torch.Generator, torch.inference_mode = NewGenerator, inference_mode
     _Mode().__enter__()
 
 
