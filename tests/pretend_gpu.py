@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
 NAME = "gpu"
@@ -75,6 +75,13 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks of `torch.gpu`."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
 
 def _wait(kind: str) -> None:
@@ -151,7 +158,7 @@ def _raw(tree: Any) -> Any:
 
 
 def _install() -> None:
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _Backend())
     tensor, as_tensor, generator = torch.tensor, torch.as_tensor, torch.Generator
 
     def is_ours(device: Any) -> bool:
