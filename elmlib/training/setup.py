@@ -133,4 +133,4 @@ def shard_llm(llm: PreTrainedModel, accelerator: Accelerator) -> None:
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in llm.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # by default a root, as each is here, stays whole

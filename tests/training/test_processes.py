@@ -43,9 +43,6 @@ def watched(tiny_llm: Path, small_data: Path, tmp_path_factory: pytest.TempPathF
 
 
 @heavy
-@pytest.mark.xfail(
-    strict=True, reason="G1: each layer is a root of its own, which is not resharded after its forward pass"
-)
 def test_a_process_never_holds_more_of_the_layers_than_its_share_and_one_layer(watched: list[dict[str, Any]]) -> None:
     for found in watched:
         assert max(found["during"]) <= found["share"] + found["layer"], found
