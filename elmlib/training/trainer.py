@@ -202,7 +202,7 @@ class _Run:
                 sums = compute_losses(self.components, batch, config)
                 loss = total_loss(sums, counts, config)
                 # DistributedDataParallel averages gradients over processes; the counts above are sums over them.
-                accelerator.backward(loss * self.world)
+                (loss * self.world).backward()  # accelerate's backward would divide by a setting of its own
             totals += torch.stack([loss.detach(), *(sums[each.name].detach() for each in losses)])
         loss_sum, *sums_of_all = accelerator.reduce(totals, reduction="sum").tolist()
         self._check_stable(loss_sum)

@@ -87,7 +87,6 @@ def test_a_run_refuses_to_resume_on_another_number_of_processes(config: SummaryT
         train(replace(config, resume_from=str(saved)))
 
 
-@pytest.mark.xfail(strict=True, reason="G5: accelerate's environment divides the gradients")
 def test_the_environment_of_accelerate_changes_no_gradient(
     tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
