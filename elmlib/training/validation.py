@@ -16,6 +16,8 @@ from elmlib.evaluation.metrics import Identification, SummaryScores
 from elmlib.training.losses import predict, text_drift
 from elmlib.training.setup import TrainingComponents
 
+DECODED = 100  # summaries decoded at once: their keys and values are no part of `elm plan`
+
 
 class Validation(NamedTuple):
     """One evaluation: figures beside their shuffled controls, and the summaries they come from."""
@@ -89,7 +91,7 @@ def validate(components: TrainingComponents, config: SummaryTrainingConfig, devi
                 similarity |= zip(chosen, cosines.tolist(), strict=True)
         totals[2] += batch.num_tokens
     written: dict[int, str] = {}
-    for chosen in split.bucket(sample, len(sample)):
+    for chosen in split.bucket(sample, DECODED):
         prompts = split.collate_prompts(chosen).to(device)
         written |= zip(chosen, model.generate(prompts, config.max_new_tokens), strict=True)
     texts = [written[row] for row in sample]

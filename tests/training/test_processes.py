@@ -99,7 +99,6 @@ def test_the_environment_of_accelerate_changes_no_gradient(
     assert norms[0] == norms[1]
 
 
-@pytest.mark.xfail(strict=True, reason="G7: an evaluation decodes all rows at once")
 def test_an_evaluation_decodes_in_batches(tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "DECODED", 5)
     components = build_components(tiny_config, torch.device("cpu"))
