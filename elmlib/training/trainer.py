@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import Batch, load_batches
@@ -27,6 +28,7 @@ from elmlib.training.validation import drift_warning, validate
 logger = logging.getLogger(__name__)
 
 _LOSS_MEMORY = 0.95  # of the running mean that a spike is compared with: about the last 20 steps
+_EVALUATION_HOURS = 6  # that the other processes wait for the first; NCCL's own limit is 10 minutes
 _SPIKE_WARMUP = 20  # steps before that mean is reliable
 
 
@@ -83,7 +85,8 @@ class _Run:
 
     def __init__(self, config: SummaryTrainingConfig, loggers: Sequence[RunLogger], stop: Callable[[], str]):
         self.config, self.extra, self.stop = config, loggers, stop
-        self.accelerator = Accelerator()
+        waiting = InitProcessGroupKwargs(timeout=timedelta(hours=_EVALUATION_HOURS))
+        self.accelerator = Accelerator(kwargs_handlers=[waiting])
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
         resumed = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once

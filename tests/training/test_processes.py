@@ -50,9 +50,6 @@ def test_a_process_never_holds_more_of_the_layers_than_its_share_and_one_layer(w
 
 
 @heavy
-@pytest.mark.xfail(
-    strict=True, reason="G8: the others wait for the evaluation as long as the backend's default, NCCL's 10 minutes"
-)
 def test_processes_wait_longer_than_an_evaluation_takes(watched: list[dict[str, Any]]) -> None:
     assert all(found["timeout"] >= LONGEST_EVALUATION for found in watched)
 
