@@ -43,6 +43,7 @@ class SoftTokenModel:
         assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
         self.llm, self.tokenizer, self.adapter, self.position = llm, tokenizer, adapter, position
         self.table = token_table(llm)
+        self.is_sharded = False  # over several processes
         # generate() takes missing settings from the model's own defaults, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
@@ -125,6 +126,8 @@ class SoftTokenModel:
         for _ in range(max_new_tokens):
             output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
             tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
+            if self.is_sharded:  # all processes go on with the same rows, or they would wait for each other
+                torch.distributed.broadcast(tokens, 0)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 answers[row].append(token)
             yield answers

@@ -112,6 +112,7 @@ class _Run:
         self.sharded = setup.is_sharded(self.accelerator)
         if self.sharded:  # last: the closed-form fits need the whole LLM
             setup.shard_llm(self.components.model.llm, self.accelerator)
+            self.components.model.is_sharded = True
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
         self.total_steps = sum(self.steps_per_epoch)
         if not self.total_steps:
