@@ -31,6 +31,7 @@ class RunState:
     loss_mean: float = 0.0  # Running mean of the training loss, for the spike check; 0 before the first step
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    processes: int = 1  # that share each step's batches
 
 
 def save_run(
@@ -59,9 +60,12 @@ def save_run(
     return path
 
 
-def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer) -> RunState:
-    """Restore weights, optimizer and random state of a step checkpoint, and return its run state."""
+def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer, processes: int) -> RunState:
+    """Restore weights, optimizer and random state of a step checkpoint, and return its run state. Raises ValueError
+    where the run had another number of processes: it would repeat rows, or never end."""
     tensors, header = load_tensors(_state_path(path))
+    if (saved := header.get("processes", 1)) != processes:
+        raise ValueError(f"cannot continue {path}: it was saved by {saved} processes, now they are {processes}")
     adapter.load_state_dict(load_adapter(path).weights)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -99,10 +99,10 @@ class _Run:
         )
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self.warned_of_single_row = False
-        self.state = RunState()
+        self.state = RunState(processes=self.world)
         if resumed:
             checkpoint.check_same_run(resumed, config, self.fingerprint)
-            self.state = checkpoint.load_run(resumed, self.adapter, self.optimizer)
+            self.state = checkpoint.load_run(resumed, self.adapter, self.optimizer, self.world)
             self.state.stopped = ""
             logger.info("resumed from %s", resumed)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):

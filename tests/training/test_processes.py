@@ -74,7 +74,6 @@ def test_two_processes_resume_to_the_same_bytes_with_dropout(config: SummaryTrai
 
 
 @heavy
-@pytest.mark.xfail(strict=True, reason="G3: the number of processes is not in the run state")
 def test_a_run_refuses_to_resume_on_another_number_of_processes(config: SummaryTrainingConfig, tmp_path: Path) -> None:
     config = replace(config, gradient_accumulation_steps=1, save_interval=2, keep_checkpoints=9)
     launch("-m", "elmlib.cli", "train", "--config", str(two_processes(config, tmp_path / "two")))
