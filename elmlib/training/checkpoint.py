@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,12 @@ def save_run(
     state: RunState,
     config: SummaryTrainingConfig,
     data_fingerprint: str,
+    random: Sequence[dict[str, Tensor]],
 ) -> Path:
     """Write `adapter_step_N.safetensors` and its run state; keep only the newest `keep_checkpoints`. The run state goes
-    first: an adapter file that exists has a whole run state beside it."""
+    first: an adapter file that exists has a whole run state beside it. `random`: `random_state` of each process."""
     path = Path(folder) / f"adapter_step_{state.step}.safetensors"
-    tensors = {"random": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    tensors = {f"{name}{rank or ''}": x for rank, states in enumerate(random) for name, x in states.items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": tensor.detach().cpu() for key, tensor in values.items()}
     save_tensors(_state_path(path), tensors, vars(state))
@@ -60,8 +60,16 @@ def save_run(
     return path
 
 
-def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer, processes: int) -> RunState:
-    """Restore weights, optimizer and random state of a step checkpoint, and return its run state. Raises ValueError
+def random_state() -> dict[str, Tensor]:
+    """The random state of this process."""
+    on_gpu = {"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"random": torch.get_rng_state()} | on_gpu
+
+
+def load_run(
+    path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer, processes: int, rank: int
+) -> RunState:
+    """Restore weights, optimizer and the random state of process `rank`, and return the run state. Raises ValueError
     where the run had another number of processes: it would repeat rows, or never end."""
     tensors, header = load_tensors(_state_path(path))
     if (saved := header.get("processes", 1)) != processes:
@@ -73,9 +81,9 @@ def load_run(path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optim
             _, number, key = name.split(".")
             moments.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random"])
-    if "random_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random_cuda"])
+    torch.set_rng_state(tensors[f"random{rank or ''}"])
+    if torch.cuda.is_available() and (on_gpu := tensors.get(f"random_cuda{rank or ''}")) is not None:
+        torch.cuda.set_rng_state(on_gpu)
     if "window" in header:  # the name in earlier versions
         header["group"] = header.pop("window")
     return RunState(**header)

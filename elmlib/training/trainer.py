@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import Batch, load_batches
@@ -102,7 +102,9 @@ class _Run:
         self.state = RunState(processes=self.world)
         if resumed:
             checkpoint.check_same_run(resumed, config, self.fingerprint)
-            self.state = checkpoint.load_run(resumed, self.adapter, self.optimizer, self.world)
+            self.state = checkpoint.load_run(
+                resumed, self.adapter, self.optimizer, self.world, self.accelerator.process_index
+            )
             self.state.stopped = ""
             logger.info("resumed from %s", resumed)
         elif self.accelerator.is_main_process and (archive := checkpoint.archive_run(self.folder)):
@@ -260,8 +262,10 @@ class _Run:
             logger.warning("stopped early: no better BERTScore composite in %d epochs", self.state.stale_epochs)
 
     def _save(self) -> None:
+        random = gather_object([checkpoint.random_state()])
         if self.accelerator.is_main_process:
-            checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, self.config, self.fingerprint)
+            about = self.config, self.fingerprint
+            checkpoint.save_run(self.folder, self.adapter, self.optimizer, self.state, *about, random)
         self.accelerator.wait_for_everyone()
 
     def _is_stale(self) -> bool:

@@ -62,7 +62,6 @@ def test_processes_that_draw_other_tokens_do_not_hang(config: SummaryTrainingCon
 
 
 @heavy
-@pytest.mark.xfail(strict=True, reason="G3: every process resumes with the random state of the first")
 def test_two_processes_resume_to_the_same_bytes_with_dropout(config: SummaryTrainingConfig, tmp_path: Path) -> None:
     command = ("-m", "elmlib.cli", "train", "--config")
     config = replace(config, train_rows=96, dropout_rate=0.3, save_interval=3, keep_checkpoints=9)
