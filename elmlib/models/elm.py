@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,11 +39,12 @@ class SoftTokenModel:
         adapter: EmbeddingAdapter,
         use_gradient_checkpointing: bool = False,
         position: SoftTokenPosition = "before_answer",
+        is_sharded: bool = False,
     ):
         assert not any(p.requires_grad for p in llm.parameters()), "the LLM must be frozen"
         self.llm, self.tokenizer, self.adapter, self.position = llm, tokenizer, adapter, position
+        self.is_sharded = is_sharded  # over several processes
         self.table = token_table(llm)
-        self.is_sharded = False  # over several processes
         # generate() takes missing settings from the model's own defaults, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
         self.head: Tensor = llm.get_output_embeddings().weight
@@ -216,12 +217,13 @@ def build_model(
     weights: dict[str, Tensor] | None = None,
     revision: str = "",
     origin: str = "the adapter",
+    shard: Callable[[PreTrainedModel], object] | None = None,
 ) -> SoftTokenModel:
     """The frozen LLM of `config` with an adapter: a new one, or one of `weights`, read from `origin`. `revision` is a
-    commit of the hub, empty for the newest. Raises FileNotFoundError for an LLM that cannot be found and ValueError for
-    one that the losses cannot use, or of another size than `weights`."""
+    commit of the hub, empty for the newest; `shard` as in `load_llm`. Raises FileNotFoundError for an
+    LLM that cannot be found and ValueError for one that the losses cannot use, or of another size than `weights`."""
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
-    llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision)
+    llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision, shard)
     check_head(llm)
     table = token_table(llm)
     adapter = make_adapter(config, table)
@@ -233,9 +235,8 @@ def build_model(
             )
         adapter.load_state_dict(weights)
         adapter.eval()
-    return SoftTokenModel(
-        llm, tokenizer, adapter.to(device), config.use_gradient_checkpointing, config.soft_token_position
-    )
+    position, is_sharded = config.soft_token_position, shard is not None
+    return SoftTokenModel(llm, tokenizer, adapter.to(device), config.use_gradient_checkpointing, position, is_sharded)
 
 
 def nucleus(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ under the user's cache folder (`ELMLIB_CACHE`, else the platform's), after which
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -123,9 +123,14 @@ def locate(name: str, revision: str = "") -> str:
 
 
 def load_llm(
-    name: str, dtype: "torch.dtype", device: "torch.device | str", revision: str = ""
+    name: str,
+    dtype: "torch.dtype",
+    device: "torch.device | str",
+    revision: str = "",
+    shard: "Callable[[PreTrainedModel], object] | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a hub commit; raises as `locate`."""
+    """A causal LLM, frozen and in eval mode, and its tokenizer; `revision`: a hub commit; raises as `locate`. It is
+    moved to the device after `shard`, so that the device need not hold all of it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,8 +141,10 @@ def load_llm(
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
-    llm = llm.to(device)  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
-    return llm.requires_grad_(False).eval(), tokenizer
+    llm = llm.requires_grad_(False).eval()
+    if shard:
+        shard(llm)
+    return llm.to(device), tokenizer  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
 
 
 def check_head(llm: "PreTrainedModel") -> None:

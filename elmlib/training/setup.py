@@ -56,12 +56,14 @@ class TrainingComponents:
         return replace(self, model=self.model.with_adapter(adapter))
 
 
-def build_components(config: SummaryTrainingConfig, device: torch.device) -> TrainingComponents:
-    """Load models and data, compute the closed-form fits, and start the adapter. Raises FileNotFoundError and
-    ValueError as loading them does."""
+def build_components(
+    config: SummaryTrainingConfig, device: torch.device, shard: Callable[[PreTrainedModel], object] | None = None
+) -> TrainingComponents:
+    """Load models and data, compute the closed-form fits, and start the adapter; `shard` as in `load_llm`.
+    Raises FileNotFoundError and ValueError as loading them does."""
     for name in ("train", "val"):  # before a model is loaded or downloaded: a wrong folder fails at once
         locate_split(config, name)
-    model = build_model(config, device)
+    model = build_model(config, device, shard=shard)
     train, val = (load_split(config, split, model.tokenizer) for split in ("train", "val"))
     for name, dataset in (("train", train), ("val", val)):
         logger.info("%s: %d rows, %d left out as too long", name, len(dataset), dataset.too_long)

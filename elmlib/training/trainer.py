@@ -90,7 +90,9 @@ class _Run:
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
         resumed = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once
-        self.components = setup.build_components(config, self.device)
+        self.sharded = setup.is_sharded(self.accelerator)
+        shard = (lambda llm: setup.shard_llm(llm, self.accelerator)) if self.sharded else None
+        self.components = setup.build_components(config, self.device, shard)
         self.adapter = self.components.model.adapter
         self.fingerprint = self.components.train.fingerprint
         # Not fused, AdamW makes one pass over all weights for each term of the update: ten times as slow on a CPU.
@@ -111,10 +113,6 @@ class _Run:
             logger.warning("%s held a run; it was moved to %s", self.folder, archive)
         shared = cast(EmbeddingAdapter, setup.share_adapter(self.adapter, self.accelerator))  # or its wrapper
         self.components = self.components.with_adapter(shared)
-        self.sharded = setup.is_sharded(self.accelerator)
-        if self.sharded:  # last: the closed-form fits need the whole LLM
-            setup.shard_llm(self.components.model.llm, self.accelerator)
-            self.components.model.is_sharded = True
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
         self.total_steps = sum(self.steps_per_epoch)
         if not self.total_steps:

@@ -89,8 +89,5 @@ def test_a_report_on_the_device_has_every_baseline(found: dict[str, Any]) -> Non
     assert len(found["report"]) == 8 and all(-1 <= f1 <= 1 for f1 in found["report"].values())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="G2: the whole LLM is moved to each device, checked and fitted, and then sharded"
-)
 def test_an_llm_is_sharded_before_its_layers_are_moved_to_the_device(found: dict[str, Any]) -> None:
     assert found["layers_at_sharding"] == ["cpu"]
