@@ -29,19 +29,19 @@ def naive_embeds(model: SoftTokenModel, batch: Batch | PromptBatch, answer: Tens
 
 
 def naive_losses(components: TrainingComponents, batch: Batch, config: SummaryTrainingConfig) -> dict[str, Tensor]:
-    """`compute_losses` with all logits by `labels=`, every hidden state, and the adapter run twice."""
+    """`compute_losses` with all logits by `labels=`, and the adapter run twice."""
     model = components.model
     embeds = naive_embeds(model, batch, batch.labels.clamp_min(0))
     start = embeds.shape[1] - batch.labels.shape[1]
     labels = torch.cat([batch.labels.new_full((len(embeds), start), IGNORE_INDEX), batch.labels], dim=1)
-    output = model.llm(inputs_embeds=embeds, labels=labels, output_hidden_states=True, use_cache=False)
+    output = model.llm(inputs_embeds=embeds, labels=labels, use_cache=False)
     sums = {"nll": output.loss * batch.num_tokens}  # its mean over answer tokens, as a sum
     if config.use_contrastive_loss:
         positives = mean_token_embedding(batch.labels, model.table, components.warm_start.idf)
         anchors = model.adapter(batch.embeddings).mean(1)
         sums["contrastive"] = info_nce(anchors, positives, batch.sources, config.contrastive_temperature).sum()
     if config.use_text_drift_loss:
-        log_probs = (output.hidden_states[-1][:, start - 1 : -1] @ model.head.T).float().log_softmax(-1)
+        log_probs = output.logits[:, start - 1 : -1].float().log_softmax(-1)
         top, ids = log_probs.topk(min(config.drift_top_k, len(model.head)))  # of (batch, length, vocab)
         top = top.masked_fill(batch.labels[..., None] == IGNORE_INDEX, float("-inf"))
         vectors = components.drift_head(Predictions(sums["nll"], top, ids))

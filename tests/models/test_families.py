@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, tiny_settings
 from reference import batched_summaries, naive_embeds, naive_losses
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data import PromptBatch
-from elmlib.models import SoftTokenModel
+from elmlib.models import SoftTokenModel, build_model
+from elmlib.training.drift import DriftReadout
 from elmlib.training.losses import compute_losses, total_loss
-from elmlib.training.setup import build_components
+from elmlib.training.setup import TrainingComponents, build_components
 
 pytestmark = pytest.mark.heavy
 
@@ -126,8 +127,8 @@ FAULTS: dict[str, str] = {}
 
 
 def make_llm(folder: Path, family: str) -> str:
-    """A random LLM of the family. Norms, biases and scales of a new model are zeros and ones, which hide faults, so they
-    get noise."""
+    """A random LLM of the family. Its norms, biases and scales, zeros and ones in a new model, which hides faults, get
+    noise."""
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     shape = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer)} | ids
@@ -164,19 +165,26 @@ def parameters() -> list[Any]:
     return [pytest.param(name, marks=xfails.get(name, ()), id=name) for name in FAMILIES]
 
 
+@pytest.fixture(scope="module")
+def parts(tiny_llm: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingComponents:
+    """Data, fits and evaluators, which need no more of an LLM than its tokenizer and the size of its embeddings."""
+    return build_components(tiny_settings(tiny_llm, small_data, tmp_path_factory.mktemp("run")), CPU)
+
+
 @pytest.mark.parametrize("family", parameters())
 def test_a_family_equals_its_naive_twin_or_is_refused(
-    family: str, tiny_config: SummaryTrainingConfig, tmp_path: Path
+    family: str, parts: TrainingComponents, tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:
     config = replace(tiny_config, llm_model_name=make_llm(tmp_path / "llm", family))
     if family in REFUSED:
         with pytest.raises((ValueError, FileNotFoundError), match=REFUSED[family]) as raised:
-            build_components(config, CPU)
+            build_model(config, CPU)
         assert "\n" not in str(raised.value)
         return
-    components = build_components(config, CPU)
-    model = components.model
+    model = build_model(config, CPU)
     model.adapter.eval()
+    drift_head = DriftReadout(model.table, parts.warm_start.idf, parts.warm_start.to_embedding.map)
+    components = replace(parts, model=model, drift_head=drift_head)
     batch = components.train.collate(list(range(6)))
     results = []
     for compute in (naive_losses, compute_losses):
