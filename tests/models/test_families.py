@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_settings
-from reference import batched_summaries, naive_embeds, naive_losses
+from reference import naive_embeds, naive_losses
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmlib.config import SummaryTrainingConfig
@@ -200,4 +200,4 @@ def test_a_family_equals_its_naive_twin_or_is_refused(
     prompts = components.val.collate_prompts(list(range(5)))
     rows = naive_ids(model, prompts, 10)
     prompts = prompts._replace(prompt=prompts.prompt._replace(end_of_turn=ends_rows_apart(rows)))
-    assert batched_summaries(model, prompts, 10) == model.generate(prompts, 10)
+    assert model.generate(prompts, 10) == model._texts(prompts.prompt, rows)
