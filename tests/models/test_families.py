@@ -1,5 +1,6 @@
 """LLM families of transformers: each works as its naive twin does, or is refused in one line before training."""
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 16, "num_local_experts": 4, "intermediate_size_mlp": 64},
 }  # fmt: skip
 
-REFUSED: dict[str, str] = {}
-FAULTS: dict[str, str] = {}
+# Family -> part of the line that refuses it.
+REFUSED = dict.fromkeys(("phi", "gptj", "codegen"), "shifts its logits")  # their output layer has a bias
+REFUSED |= dict.fromkeys(("gemma2", "recurrent_gemma"), "caps")
+REFUSED |= {"gemma3n_text": "needs token ids"}
+REFUSED |= dict.fromkeys(("gemma4_text, per-layer inputs", "llama4_text"), "does not run on embeddings")
+
+NO_SDPA = "only sdpa is asked for, which the family has not, and transformers refuses; right with eager attention"
+SCALED = "refused, although its logits are the product with the output layer times one factor"
+LINEAR = "AttributeError in the first step: a layer of linear attention has no batch_repeat_interleave"
+FAULTS = dict.fromkeys(("gpt_neo", "bloom", "mpt", "gpt_oss", "mamba", "mamba2"), NO_SDPA)
+FAULTS |= {"gemma2": "refused for sdpa instead of its capped logits"}
+FAULTS |= dict.fromkeys(("granite, scaled", "cohere", "cohere2", "minicpm3", "falcon_h1, scaled"), SCALED)
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "nemotron_h", "lfm2", "lfm2_moe", "jamba")
+FAULTS |= dict.fromkeys((*HYBRIDS, "recurrent_gemma"), LINEAR)
+FAULTS |= {
+    "falcon_h1": "RuntimeError in the first step: keys and values are repeated for each row, the states beside are not",
+    "gemma3n_text": "trains in silence without the per-layer inputs, which it looks up by token id",
+    "gemma4_text, per-layer inputs": "RuntimeError in the first step: it looks for the token ids of soft tokens",
+    "llama4_text": "AttributeError at the start: its base_model is the causal LLM, without last_hidden_state",
+}
 
 
 def make_llm(folder: Path, family: str) -> str:
@@ -149,10 +168,18 @@ def make_llm(folder: Path, family: str) -> str:
 
 @torch.no_grad()
 def naive_ids(model: SoftTokenModel, batch: PromptBatch, max_new_tokens: int) -> list[list[int]]:
+    """Greedy answers by transformers' generate(), which no token ends; where it takes no embeddings for the family,
+    everything is read again for each token."""
     embeds = naive_embeds(model, batch)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
-    return model.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options).tolist()
+    if "inputs_embeds" in inspect.signature(model.llm.prepare_inputs_for_generation).parameters:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
+        return model.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options).tolist()
+    ids: list[torch.Tensor] = []
+    for _ in range(max_new_tokens):
+        ids.append(model.llm(inputs_embeds=embeds, use_cache=False).logits[:, -1].argmax(-1))
+        embeds = torch.cat([embeds, model.table[ids[-1]][:, None]], dim=1)
+    return torch.stack(ids, dim=1).tolist()
 
 
 def ends_rows_apart(rows: list[list[int]]) -> int:
