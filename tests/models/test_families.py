@@ -126,7 +126,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Family -> part of the line that refuses it.
 REFUSED = dict.fromkeys(("phi", "gptj", "codegen"), "shifts its logits")  # their output layer has a bias
 REFUSED |= dict.fromkeys(("gemma2", "recurrent_gemma"), "caps")
-REFUSED |= {"gemma3n_text": "needs token ids"}
+REFUSED |= {"gemma3n_text": "needs token ids", "bamba": "does not go on from a cache"}  # bamba counts from 0 again
 REFUSED |= dict.fromkeys(("gemma4_text, per-layer inputs", "llama4_text"), "does not run on embeddings")
 
 NO_SDPA = "only sdpa is asked for, which the family has not, and transformers refuses; right with eager attention"
@@ -135,8 +135,8 @@ LINEAR = "AttributeError in the first step: a layer of linear attention has no b
 FAULTS = dict.fromkeys(("gpt_neo", "bloom", "mpt", "gpt_oss", "mamba", "mamba2"), NO_SDPA)
 FAULTS |= {"gemma2": "refused for sdpa instead of its capped logits"}
 FAULTS |= dict.fromkeys(("granite, scaled", "cohere", "cohere2", "minicpm3", "falcon_h1, scaled"), SCALED)
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "granitemoehybrid", "bamba", "nemotron_h", "lfm2", "lfm2_moe", "jamba")
-FAULTS |= dict.fromkeys((*HYBRIDS, "recurrent_gemma"), LINEAR)
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "granitemoehybrid", "nemotron_h", "lfm2", "lfm2_moe", "jamba")
+FAULTS |= dict.fromkeys((*HYBRIDS, "bamba", "recurrent_gemma"), LINEAR)
 FAULTS |= {
     "falcon_h1": "RuntimeError in the first step: keys and values are repeated for each row, the states beside are not",
     "gemma3n_text": "trains in silence without the per-layer inputs, which it looks up by token id",
