@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from elmlib.config import SoftTokenPosition, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, PromptBatch
 from elmlib.data.prompts import PromptIds
 from elmlib.models.adapter import EmbeddingAdapter, make_adapter
-from elmlib.models.pretrained import check_head, load_llm, native_bf16
+from elmlib.models.pretrained import check_llm, load_llm, native_bf16
 
 NUCLEUS_TOKENS = 512  # most tokens of a nucleus; at the default temperature the 95% nucleus has far fewer
 
@@ -47,11 +48,14 @@ class SoftTokenModel:
         self.table = token_table(llm)
         # generate() takes missing settings from the model's own defaults, and chat models sample and penalise.
         llm.generation_config = GenerationConfig()
-        self.head: Tensor = llm.get_output_embeddings().weight
+        self.head, self.scale = cast(Tensor, llm.get_output_embeddings().weight), check_llm(llm)
         self._prefixes: dict[tuple[int, ...], tuple[Tensor, DynamicCache]] = {}
 
-        # transformers drops the cache of keys and values when it recomputes activations, so the prompt is read whole.
-        self._share_prefix = not use_gradient_checkpointing
+        # transformers drops the cache of keys and values when it recomputes activations, and linear attention changes
+        # its states in place, which autograd forbids: there the prompt is read whole.
+        layers = DynamicCache(config=llm.config).layers
+        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        self._share_prefix, self._recompute = not (use_gradient_checkpointing or linear), use_gradient_checkpointing
         if use_gradient_checkpointing:
             llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
@@ -68,9 +72,9 @@ class SoftTokenModel:
         # Behind the soft tokens all labels but the last; padding stands right of them, where causality hides it.
         embeds, cache = self.place_tokens(batch.prompt, soft, self._embed(batch.labels[:, :-1].clamp_min(0)))
         # transformers recomputes activations in train mode only; a frozen LLM has no other use for that mode.
-        self.llm.train(not self._share_prefix and torch.is_grad_enabled())
+        self.llm.train(self._recompute and torch.is_grad_enabled())
         output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=cache is not None)
-        return soft, output.last_hidden_state[:, -batch.labels.shape[1] :]
+        return soft, self.scale * output.last_hidden_state[:, -batch.labels.shape[1] :]
 
     def generate(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
         """Greedy answers, one a row, stripped of surrounding white space."""
@@ -126,7 +130,7 @@ class SoftTokenModel:
         answers: list[list[int]] = [[] for _ in range(len(embeds))]
         for _ in range(max_new_tokens):
             output = self.llm.base_model(inputs_embeds=embeds, cache=cache, use_cache=True)
-            tokens = draw((output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
+            tokens = draw((self.scale * output.last_hidden_state[:, -1] @ self.head.T).float(), sampling, generator)
             if self.is_sharded:  # all processes go on with the same rows, or they would wait for each other
                 torch.distributed.broadcast(tokens, 0)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
@@ -136,7 +140,7 @@ class SoftTokenModel:
             if not len(going):
                 break
             if len(going) < len(rows):
-                cache.batch_select_indices(going)
+                cache.reorder_cache(going)  # selects rows, of every kind of layer
                 rows, tokens = rows[going], tokens[going]
             embeds = self._embed(tokens[:, None])
 
@@ -224,7 +228,6 @@ def build_model(
     LLM that cannot be found and ValueError for one that the losses cannot use, or of another size than `weights`."""
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision, shard)
-    check_head(llm)
     table = token_table(llm)
     adapter = make_adapter(config, table)
     if weights is not None:

@@ -136,7 +136,7 @@ def load_llm(
 
     place = locate(name, revision)
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
-    attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with quiet_bars():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
@@ -147,19 +147,38 @@ def load_llm(
     return llm.to(device), tokenizer  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
 
 
-def check_head(llm: "PreTrainedModel") -> None:
-    """Raise ValueError unless the LLM's logits are hidden states times its output layer. The losses and the decoding
-    take them so, without the model's own last step."""
+def check_llm(llm: "PreTrainedModel") -> float:
+    """The factor of the LLM's logits beside hidden states times output layer; losses and decoding take them so, without
+    the model's own last step. Raises ValueError where they differ by more than a factor, and for an LLM that does not
+    read embeddings as it reads token ids, at once or token by token behind a cache."""
     import torch
+    from transformers import DynamicCache
 
-    head = llm.get_output_embeddings().weight
-    ids = torch.arange(8, device=head.device)[None]  # any tokens
-    with torch.no_grad():
-        logits = llm(input_ids=ids, use_cache=False).logits.float()
-        product = (llm.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.T).float()
-    if not torch.allclose(logits, product, rtol=0.05, atol=0.05 * product.abs().max().item()):
-        name = llm.config.name_or_path
-        raise ValueError(f"{name} scales, caps or shifts its logits behind the output layer; choose another LLM")
+    head, cache = llm.get_output_embeddings().weight, DynamicCache(config=llm.config)
+    ids = torch.arange(64, device=head.device).repeat(2, 1)  # any tokens
+    embeds = llm.get_input_embeddings()(ids).detach()
+    embeds[1] *= 1.01  # of no token, as soft tokens are
+    try:
+        with torch.no_grad():
+            logits = llm(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+            product = (hidden @ head.T).float()
+            llm.base_model(inputs_embeds=embeds[:, :62], cache=cache, use_cache=True)
+            cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=head.device))
+            for part in embeds[:1, 62:].split(1, dim=1):
+                last = llm.base_model(inputs_embeds=part, cache=cache, use_cache=True).last_hidden_state[0, -1]
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the LLM's
+        raise
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"{llm.config.name_or_path} does not run on embeddings: {error}") from error
+    factor = (logits * product).sum() / product.square().sum()
+    settings = llm.config.get_text_config().to_dict()
+    capped = any("logit" in name and "cap" in name and value for name, value in settings.items())
+    if capped or not torch.allclose(logits, factor * product, rtol=0.01, atol=0.01 * logits.abs().max().item()):
+        raise ValueError(f"{llm.config.name_or_path} caps or shifts its logits, or needs token ids; choose another LLM")
+    if (last - hidden[-1]).float().norm() > torch.finfo(head.dtype).eps ** 0.5 * hidden[-1].float().norm():
+        raise ValueError(f"{llm.config.name_or_path} does not go on from a cache; choose another LLM")
+    return float(f"{factor.item():.4g}")
 
 
 def load_embedder(name: str, device: "torch.device | str", revision: str = "") -> "SentenceTransformer":

