@@ -9,7 +9,7 @@ What it cannot show: speed, memory, rounding, and the random states of CUDA, for
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ContextDecorator
 from typing import Any
 
 import torch
@@ -82,6 +82,16 @@ class _Backend(_DummyBackendModule):
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+
+class _Nothing(ContextDecorator):
+    """A context, or a decorator, that changes nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _wait(kind: str) -> None:
@@ -180,7 +190,7 @@ def _install() -> None:
             return generator("cpu" if is_ours(device) else device)
 
     def inference_mode(mode: bool | Callable[..., Any] = True) -> Any:  # of which no wrapper can be a view
-        return torch.no_grad()(mode) if callable(mode) else torch.no_grad() if mode else nullcontext()
+        return torch.no_grad()(mode) if callable(mode) else torch.no_grad() if mode else _Nothing()
 
     torch.tensor, torch.as_tensor = new_tensor, new_as_tensor  # the C++ ones make no tensor of a Python device
     torch.Generator, torch.inference_mode = NewGenerator, inference_mode

@@ -35,7 +35,7 @@ def sharding(llm: PreTrainedModel, accelerator: Accelerator) -> None:
 
     def note(*given: Any) -> None:
         found["during"].append(held())
-        output = given[-1]
+        output = given[-1] if given else None
         if isinstance(output, torch.Tensor) and output.requires_grad:
             output.register_hook(lambda _: found["during"].append(held()))
 
