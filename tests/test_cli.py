@@ -2,18 +2,22 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
 from elmlib import cli
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import FilterConfig, SummaryTrainingConfig
 from elmlib.data.records import find_split
-from elmlib.training.trainer import train
+from elmlib.study.study import StudyFailedError
+from elmlib.study.trial import open_storage
+from elmlib.training.trainer import UnstableTrainingError, train
 
 
 def test_flags_reach_the_config() -> None:
@@ -173,3 +177,60 @@ def test_ctrl_c_saves_the_run_and_exits_with_130(tiny_config: SummaryTrainingCon
     result = json.loads((metrics.parent / "result.json").read_text())
     assert result["stopped"] == "interrupted"
     assert (metrics.parent / f"adapter_step_{result['steps']}.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [StudyFailedError, UnstableTrainingError])
+def test_failed_work_exits_with_3(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error("three trials failed alike")
+
+    monkeypatch.setitem(cli.COMMANDS, "filter", (FilterConfig, fail))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["filter"])
+    assert stopped.value.code == 3 and capsys.readouterr().err == "elm: error: three trials failed alike\n"
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS D: any ValueError is taken for bad input")
+def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(_: object) -> None:
+        [1].remove(2)
+
+    monkeypatch.setitem(cli.COMMANDS, "filter", (FilterConfig, bug))
+    with pytest.raises(ValueError, match=r"list\.remove"):
+        cli.main(["filter"])
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS D: a folder named ~ is made")
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_text("output_dir: ~/a\n")
+    for flags in (["--output-dir=~/a"], ["--config", str(tmp_path / "s.yaml")]):
+        assert cli.parse(["filter", *flags]).config.output_dir == tmp_path / "a"
+    assert cli.parse(["train", "--data-dir=~/b"]).config.summary_data_path == str(tmp_path / "b")
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS D: an OSError other than a missing file is a traceback")
+@pytest.mark.parametrize("case", ["a folder in the file's place", "a file in the folder's place", "a port in use"])
+def test_an_error_of_the_system_is_one_line(
+    case: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["filter", "--input-dir", str(small_data / "synthesis"), "--output-dir", "new/a"]
+    arguments += ["--input-embeddings-dir", str(small_data / "embeddings"), "--output-embeddings-dir", "new/b"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        if case == "a folder in the file's place":
+            (tmp_path / "new/a/filter_report.json").mkdir(parents=True)
+        elif case == "a file in the folder's place":
+            (tmp_path / "new").touch()
+        else:
+            open_storage("sqlite:///papermill_runs/s/study.db")
+            optuna.create_study(study_name="s", storage="sqlite:///papermill_runs/s/study.db")
+            arguments = ["dashboard", "--study-name", "s", "--port", str(taken.getsockname()[1])]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("elm: error: ")

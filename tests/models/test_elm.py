@@ -357,3 +357,15 @@ def test_a_tokenizer_without_chat_template_is_refused(tiny_llm):
 def test_a_template_without_one_slot_is_refused(tokenizer, template):
     with pytest.raises(ValueError, match="expected once"):
         prompt_ids(tokenizer, template)
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A9: a model that ignores `cache=` is not noticed")
+def test_a_cache_that_was_not_filled_is_refused(tiny_config, batch):
+    """transformers before 5.24 takes `cache=` for an unknown argument, and the prompt is never seen."""
+    llm, tokenizer = load_llm(tiny_config.llm_model_name, torch.float32, "cpu")
+    model = SoftTokenModel(llm, tokenizer, make_adapter(tiny_config, llm.get_input_embeddings().weight))
+    llm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {name: it for name, it in kwargs.items() if name != "cache"}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="transformers"):
+        model(batch)

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from study.studies import begun, check_ended_once, processes, start, wait_for
 from elmlib.config import StudyConfig
 from elmlib.study.results import open_study, outcome_of
 from elmlib.study.study import LAUNCHER, Launcher, run_study
-from elmlib.study.trial import STORAGE_VARIABLE, patiently
+from elmlib.study.trial import STORAGE_VARIABLE, open_storage, patiently
 
 KINDS = ["sqlite", pytest.param("postgres", marks=pytest.mark.heavy)]
 
@@ -148,3 +149,19 @@ def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig)
     assert not begun(stub_config)
     study.set_user_attr(LAUNCHER, ("elsewhere:1", time.time() - 3 * stub_config.heartbeat))  # no sign of life
     run_study(replace(stub_config, trials=1))
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS D: a server that refuses, or a database that is none, is a traceback")
+@pytest.mark.parametrize("kind", ["refused", "no database", "old schema"])
+def test_open_storage_names_what_is_wrong_with_a_database(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    address = "postgresql+psycopg://me:secret@127.0.0.1:1/x" if kind == "refused" else f"sqlite:///{path}"
+    if kind == "no database":
+        path.write_text("no database at all")
+    elif kind == "old schema":
+        open_storage(address)
+        with sqlite3.connect(path) as database:
+            database.execute("UPDATE version_info SET schema_version = 1")
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        open_storage(address)
+    assert "secret" not in str(raised.value)

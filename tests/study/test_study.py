@@ -23,7 +23,15 @@ from study.studies import begun, check_ended_once, start, wait_for
 from wandb_files import read_run
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
-from elmlib.study import StudyFailedError, cells_frame, results_frame, run_study, submit_launchers, variants_frame
+from elmlib.study import (
+    StudyFailedError,
+    cells_frame,
+    results,
+    results_frame,
+    run_study,
+    submit_launchers,
+    variants_frame,
+)
 from elmlib.study.results import default_trial, open_study, outcome_of, trials_frame
 from elmlib.study.study import Launcher
 from elmlib.training import train
@@ -262,3 +270,14 @@ def test_submit_launchers_run_the_study_together(
     wait_for(lambda: (config.folder / "cluster_results.json").is_file() and len(begun(config)) >= 4, 180)
     wait_for(lambda: all(trial.state.is_finished() for trial in open_study(config).trials))
     check_ended_once(open_study(config), config)
+
+
+def test_run_study_keeps_the_score_of_a_trial_whose_note_cannot_be_written(
+    stub_config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "publish", fail)
+    (trial,) = run_study(replace(stub_config, trials=1)).trials
+    assert trial.state == TrialState.COMPLETE and trial.value

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import optuna
@@ -181,3 +182,23 @@ def test_process_tells_a_failure_from_a_dead_kernel_and_takes_its_kernel_with_it
     long.kill()
     assert not kernel.is_running() and not Path(f"/proc/{long.process.pid}").exists()
     assert (outcome := long.outcome()) and outcome.kind == "killed"
+
+
+def test_train_after_a_lack_of_memory_ends_as_if_begun_with_half_the_batch(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real training: the memory runs out after the first checkpoint."""
+    config = replace(tiny_config, max_epochs=1, eval_first=False, checkpoint_dir=str(tmp_path / "run"))
+    real = trainer.compute_losses
+    steps = iter(range(100))
+
+    def full(components: Any, batch: Any, *rest: Any) -> Any:
+        if len(batch.labels) > 4 and next(steps) == 5:
+            assert (tmp_path / "run/adapter_step_4.safetensors").is_file()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(components, batch, *rest)
+
+    monkeypatch.setattr(trainer, "compute_losses", full)
+    result = OptunaCallback(optuna.create_study().ask(), config.evals_per_epoch or 1).train(config)
+    half = replace(config, batch_size=4, gradient_accumulation_steps=2, checkpoint_dir=str(tmp_path / "half"))
+    assert result.last.read_bytes() == trainer.train(half).last.read_bytes()

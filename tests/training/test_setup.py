@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from elmlib.config import SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset
+from elmlib.data.records import EmbeddingFile, write_embeddings
 from elmlib.training.loggers import read_metrics
 from elmlib.training.setup import accumulation_groups, build_components, learning_rate
 from elmlib.training.trainer import train
@@ -117,3 +119,14 @@ def test_share_adapter_sends_only_its_gradients_once_a_step(config: SummaryTrain
     output = launch(str(Path(__file__).with_name("count_sent.py")), str(settings))
     sent, expected = next(line.split()[1:] for line in output.splitlines() if line.startswith("sent"))
     assert int(sent) == int(expected) > 0
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A2: training looks at the size of the vectors, not at who made them")
+def test_train_refuses_vectors_of_another_embedder(config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(config.summary_data_path, tmp_path / "data"))
+    path = folder / "embeddings/train_embeddings.safetensors"
+    with EmbeddingFile(path) as file:
+        rows = file.rows(0, file.num_rows)
+    write_embeddings(path, rows.shape, [rows.tobytes()], metadata={"embedding_model": "other/model"})
+    with pytest.raises(ValueError, match=r"other/model.*all-minilm"):
+        build_components(replace(config, summary_data_path=str(folder)), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -333,3 +335,63 @@ def test_evaluations_per_epoch_come_at_equal_shares_of_the_data(tiny_config: Sum
     evals = [row for row in read_metrics(folder / "metrics.jsonl") if row.kind == "eval"]
     assert [row.step for row in evals] == [8, 16, 24, 32, 40, 48]
     assert [row.epoch for row in evals] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A5: the gradient's norm is not checked, and the step is applied")
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = losses.predict
+
+    def predict(*given: object) -> Predictions:
+        predictions = real(*given)
+        if predictions.nll.requires_grad:
+            predictions.nll.register_hook(lambda gradient: gradient * float("nan"))
+        return predictions
+
+    monkeypatch.setattr(losses, "predict", predict)
+    with pytest.raises(UnstableTrainingError, match=r"step 1: .*gradient"):
+        train(replace(tiny_config, eval_first=False), stop=lambda: "enough")
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A10: accelerate divides the loss by a number in its environment")
+def test_no_setting_of_accelerate_changes_a_step(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    for count in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", count)
+        config = replace(tiny_config, eval_first=False, checkpoint_dir=str(tmp_path / count))
+        train(config, stop=lambda: "enough")
+        norms.append(read_metrics(tmp_path / count / "metrics.jsonl")[0].values["grad_norm"])
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    trainer.Accelerator()  # its state is shared
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A11: a run state does not know how many processes wrote it")
+def test_resume_refuses_another_number_of_processes(
+    tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two(trainer.Accelerator):
+        num_processes = property(lambda self: 2)
+
+    train(replace(tiny_config, eval_first=False), stop=lambda: "enough")
+    monkeypatch.setattr(trainer, "Accelerator", Two)
+    with pytest.raises(ValueError, match=r"1 process.* 2"):
+        train(replace(tiny_config, eval_first=False, resume_from="latest"))
+
+
+@pytest.mark.xfail(strict=True, reason="FAULTS A19: each epoch makes a new loader, so persistent workers end with it")
+def test_persistent_workers_stay_from_epoch_to_epoch(tiny_config: SummaryTrainingConfig) -> None:
+    class Workers:
+        seen: ClassVar[set[int | None]] = set()
+
+        def log(self, row: MetricsRow) -> None:
+            self.seen.update(process.pid for process in multiprocessing.active_children())
+
+        def close(self) -> None:
+            pass
+
+    train(replace(tiny_config, eval_first=False, num_workers=1, persistent_workers=True), [Workers()])
+    assert len(Workers.seen) == 1
