@@ -1,5 +1,6 @@
 """On SQLite and PostgreSQL a study loses no trial and runs none twice, whoever is killed or restarted."""
 
+import contextlib
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from study.studies import begun, check_ended_once, processes, start, wait_for
 
+from elmlib import cli
 from elmlib.config import StudyConfig
 from elmlib.study.results import open_study, outcome_of
 from elmlib.study.study import LAUNCHER, Launcher, run_study
@@ -153,15 +155,19 @@ def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig)
 
 @pytest.mark.xfail(strict=True, reason="FAULTS D: a server that refuses, or a database that is none, is a traceback")
 @pytest.mark.parametrize("kind", ["refused", "no database", "old schema"])
-def test_open_storage_names_what_is_wrong_with_a_database(kind: str, tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_used_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "study.db"
     address = "postgresql+psycopg://me:secret@127.0.0.1:1/x" if kind == "refused" else f"sqlite:///{path}"
     if kind == "no database":
         path.write_text("no database at all")
     elif kind == "old schema":
         open_storage(address)
-        with sqlite3.connect(path) as database:
+        with contextlib.closing(sqlite3.connect(path)) as database, database:
             database.execute("UPDATE version_info SET schema_version = 1")
-    with pytest.raises((ValueError, FileNotFoundError)) as raised:
-        open_storage(address)
-    assert "secret" not in str(raised.value)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["dashboard", "--storage", address])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 1 and errors.startswith("elm: error: ") and errors.count("\n") == 1
+    assert "secret" not in errors
