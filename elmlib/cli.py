@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, config = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
         run(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("elmlib"):
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(error: Exception, code: int) -> NoReturn:
     logger.debug("traceback:", exc_info=error)
-    print(f"elm: error: {error}", file=sys.stderr)
+    print("elm: error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
     sys.exit(code)
 
 
