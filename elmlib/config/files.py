@@ -44,13 +44,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     path = Path(path)
     is_yaml = path.suffix in (".yaml", ".yml")
-    text, kind = path.read_text(encoding="utf-8"), "YAML" if is_yaml else "JSON"
     try:
+        text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text) if is_yaml else json.loads(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid {kind}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected one mapping of settings, found {type(values).__name__}")
+    # Beside its own errors YAML lets through those of int(), datetime() and a search for tags.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid {'YAML' if is_yaml else 'JSON'}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path}: expected one mapping of settings, found {values!r:.80}")
     return values
 
 
@@ -65,7 +66,7 @@ def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> di
     """`values` with text turned into paths and lists into tuples where the dataclass `config` has those types. Raises
     ValueError, naming `origin`, for a setting that `config` does not have or that has another type."""
     hints = typing.get_type_hints(config)
-    if unknown := sorted(set(values) - set(hints)):
+    if unknown := sorted(map(str, set(values) - set(hints))):
         raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(hints)}")
     checked = {}
     for name, value in values.items():

@@ -183,7 +183,7 @@ def _renamed(values: dict[str, Any], origin: str) -> dict[str, Any]:
         if old in values:
             warnings.warn(f"{origin}: {old} is now called {new}", UserWarning, stacklevel=4)
             value = values.pop(old)
-            values.setdefault(new, names.get(value, value))
+            values.setdefault(new, names.get(str(value), value))
     return values
 
 
