@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from elmlib.config import StudyConfig, SummaryTrainingConfig, base_config, read_settings
+from elmlib.config import StudyConfig, SummaryTrainingConfig, base_config, make_config, read_settings
 from elmlib.data.records import file_digest, find_split
 
 Settings = dict[str, Any]
@@ -143,12 +143,12 @@ def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
     if "choices" not in spec and type(default := getattr(SummaryTrainingConfig(), name, None)) in (int, float):
         kind = IntDistribution if isinstance(default, int) else FloatDistribution
     try:
-        if not isinstance(spec.get("choices", []), list):
-            raise TypeError("choices is no list")
+        if not isinstance(spec.get("choices", []), list) or not isinstance(spec.get("log", False), bool):
+            raise TypeError("choices is no list, or log neither true nor false")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Optuna warns where a step does not divide the range, and changes the range
             distribution = kind(**spec)
-    except (ValueError, TypeError, UserWarning) as error:
+    except (ValueError, TypeError, ArithmeticError, UserWarning) as error:
         raise ValueError(
             f"{origin}: {name} is {spec!r}; expected a value, `choices`, or for a number `low` and `high` with `log` "
             f"or `step`: {error}"
@@ -163,7 +163,7 @@ def _check(settings: Any, origin: str) -> None:
         raise ValueError(f"{origin}: settings are {type(settings).__name__}; expected a dict of names and values")
     if owned := sorted((_own_settings(StudyConfig()).keys() - {"seed"}) & settings.keys()):
         raise ValueError(f"{origin}: {', '.join(owned)} cannot be searched: the study sets it")
-    SummaryTrainingConfig.from_dict(settings, origin=origin)
+    make_config(SummaryTrainingConfig, settings, origin)  # today's names only: a trial has no others
 
 
 def first_trials(space: Space, base: SummaryTrainingConfig) -> list[FrozenTrial]:
@@ -185,7 +185,9 @@ def load_grid(path: Path, seeds: int) -> list[FrozenTrial]:
     """The trials of an ablation: each variant of a YAML file at each seed, one seed of all variants before the next.
     The file maps a variant's name to the training settings that it changes; `defaults: {}` is always the first."""
     values = read_settings(path)
-    variants: Settings = {DEFAULTS: {}} | values.get("variants", values)
+    if not isinstance(named := values.get("variants", values), dict):
+        raise ValueError(f"{path}: variants is {named!r}; expected names and the settings that they change")
+    variants: Settings = {DEFAULTS: {}} | named
     for name, changes in variants.items():
         _check(changes, f"{path}: {name}")
         if "seed" in changes or (name == DEFAULTS and changes):
