@@ -70,8 +70,11 @@ def plan_study(config: StudyConfig) -> StudyPlan:
     files = [path for split in ("train", "val") for path in find_split(Path(config.data_dir), split)]
     if not config.notebook.is_file():
         raise FileNotFoundError(f"no notebook {config.notebook}; run this in the repository's folder, or --notebook")
-    cells = json.loads(config.notebook.read_text(encoding="utf-8"))["cells"]
-    sources = json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    try:
+        cells = json.loads(config.notebook.read_text(encoding="utf-8"))["cells"]
+        sources = json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{config.notebook} is no notebook: {error!r}") from error
     contract = base.identity() | {f"space: {name}": value for name, value in ranges.items()}
     contract["data"] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:16]
     contract["notebook"] = hashlib.sha256(sources.encode()).hexdigest()[:16]
