@@ -1,5 +1,6 @@
 """The adapter, from one embedding to soft tokens; and adapter files: safetensors with one JSON header, never pickle."""
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ START_RMS = 10.0
 MLP's output in its first steps (learning rate times hidden_dim, about 4), which would otherwise overwrite it."""
 
 # One metadata key only: safetensors writes several in random order, and equal runs must give equal bytes.
-_HEADER = "elmlib"
+_HEADER, _DIGEST = "elmlib", "digest"
 
 
 class LinearMap(NamedTuple):
@@ -140,6 +141,7 @@ def load_adapter(path: Path) -> AdapterFile:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write a safetensors file with a JSON `header`; it appears complete or not at all."""
+    header = header | {_DIGEST: _digest(tensors, header)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -156,4 +158,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"{path} was not written by elmlib: its header has no {_HEADER!r} entry")
-    return tensors, json.loads(header)
+    try:
+        values = json.loads(header)
+        whole = values.pop(_DIGEST, None) in (None, _digest(tensors, values))  # earlier versions wrote none
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: its tensors or settings are not those that elmlib wrote")
+    return tensors, values
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """SHA-256 of everything that a file holds."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def load_run(
         torch.cuda.set_rng_state(on_gpu)
     if "window" in header:  # the name in earlier versions
         header["group"] = header.pop("window")
-    return RunState(**header)
+    return msgspec.convert(header, RunState)
 
 
 def step_checkpoints(folder: Path) -> list[Path]:
