@@ -17,6 +17,7 @@ from elmlib.inference.summarizer import Elm
 from elmlib.models import BEST, Sampling, load_adapter, public_name
 
 _CHECKED = 4096  # rows checked at a time
+_ABOUT = ".about.json"
 
 
 def generate_file(
@@ -56,11 +57,12 @@ def generate_file(
         files = {"checkpoint": checkpoint, "records": records, "embeddings": vectors.path}
         made_from: dict[str, Any] = {name: data.file_digest(path)[:16] for name, path in files.items() if path}
         made_from |= {"max_new_tokens": length} | ({"candidates": list(sampling)} if sampling else {})
-        done = _resume_output(output, made_from)
+        done = _resume_output(output, made_from, requests)
         # The LLM takes longest to load: only now is it known that it is needed.
         elm = Elm.from_pretrained(checkpoint, device=device)
         if sampling:
             elm.embed(["a text"])  # an embedder that is missing fails before anything is written
+        data.write_json(output.with_name(output.name + _ABOUT), made_from)
         with (
             open(output, "ab") as file,
             tqdm(total=len(requests), initial=done, desc="generate", unit="summary", disable=not progress) as bar,
@@ -135,17 +137,22 @@ def _answer(
     return [{"source_id": name, "embedding_index": row} | fields[row, template] for row, template, name in chunk]
 
 
-def _resume_output(output: Path, made_from: dict[str, Any]) -> int:
-    """Cut an incomplete last line off an output that was made from the same files; return its complete lines."""
-    about = output.with_name(output.name + ".about.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
+def _resume_output(output: Path, made_from: dict[str, Any], requests: list[tuple[int, str, str]]) -> int:
+    """Cut an incomplete last line off an output that was made from the same files; return its complete lines. Raises
+    ValueError for lines that were not made from these requests."""
     if not output.exists():
-        data.write_json(about, made_from)
         return 0
+    about = output.with_name(output.name + _ABOUT)
     before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     if before != made_from:
         raise ValueError(f"{output} exists and was made from {before}, not from {made_from}; remove it or name another")
     with open(output, "r+b") as file:
         complete = [line for line in file if line.endswith(b"\n")]
+        for number, line in enumerate(complete):
+            values = data.parse_line(line, f"{output}, line {number + 1}")
+            row, _, name = requests[number] if number < len(requests) else (-1, "", "")
+            made = isinstance(values, dict) and {"source_id": name, "embedding_index": row}.items() <= values.items()
+            if not made or not isinstance(values.get("prediction"), str):
+                raise ValueError(f"{output}, line {number + 1} is not a summary of record {number + 1}; remove it")
         file.truncate(sum(map(len, complete)))
     return len(complete)
