@@ -1,6 +1,5 @@
 """The public `Elm`: three lines from a text to its summary; saved, loaded and shared as models are."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from elmlib.config import read_settings
 from elmlib.data.dataset import PromptBatch
 from elmlib.data.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.data.records import check_rows, write_json
@@ -182,8 +182,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
     """What `save_pretrained` wrote beside an adapter, or the results of its run."""
     saved, run = folder / _ABOUT, folder / "result.json"
     if saved.is_file():
-        return json.loads(saved.read_text(encoding="utf-8"))
-    return {"metrics": json.loads(run.read_text(encoding="utf-8"))} if run.is_file() else {}
+        return read_settings(saved)
+    return {"metrics": read_settings(run)} if run.is_file() else {}
 
 
 def _same_model(path: Path, kind: str, trained: str, wanted: str) -> str:
