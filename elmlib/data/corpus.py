@@ -159,7 +159,7 @@ def _is_finished(about: Path, paths: SplitPaths, metadata: dict[str, str]) -> bo
         known = json.loads(about.read_bytes())["fingerprint"] == metadata["fingerprint"]
         with EmbeddingFile(paths.embeddings) as file:
             return known and file.metadata == metadata and paths.records.is_file()
-    except (FileNotFoundError, KeyError, ValueError):  # absent or damaged: built again
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # absent or damaged: built again
         return False
 
 

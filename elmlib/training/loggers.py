@@ -82,7 +82,11 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             values = parse_line(line, f"{path}, line {number}")
-            rows.append(MetricsRow(values.pop("kind"), values.pop("step"), values.pop("epoch"), values))
+            named = values if isinstance(values, dict) else {}
+            kind, step, epoch = (named.pop(name, None) for name in ("kind", "step", "epoch"))
+            if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(epoch, int | float):
+                raise ValueError(f"{path}, line {number}: expected a kind, a step and an epoch, found {line!r:.80}")
+            rows.append(MetricsRow(kind, step, epoch, named))
     return rows
 
 
