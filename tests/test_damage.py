@@ -270,7 +270,8 @@ def test_generate_from_damaged_records_vectors_checkpoints_and_outputs(
         assert [row["embedding_index"] for row in new] == [row["embedding_index"] for row in records]
         for row, line in zip(records, new, strict=True):
             key = vectors[row["embedding_index"]].tobytes(), row["input_prompt_template"]
-            assert isinstance(line["prediction"], str) and line["prediction"] == known.get(key, line["prediction"])
+            assert isinstance(line["prediction"], str)
+            assert "out.jsonl" in files or line["prediction"] == known.get(key, line["prediction"])
 
     def file(name: str, kind: Callable[[bytes], st.SearchStrategy], **more: bytes) -> st.SearchStrategy:
         return st.builds(lambda content: {name: content} | more, kind(place.whole.get(name, written)))
@@ -333,12 +334,13 @@ def test_train_resumes_from_a_damaged_run_as_it_was_or_not_at_all(place: Place, 
         return [vars(run.state), run.adapter.state_dict(), moments, torch.get_rng_state()]
 
     whole = state(place.run({}, *RESUME))
-    rows = place.read("run/metrics.jsonl")
 
     def check(files: dict[str, bytes]) -> None:
         run = place.run(files, *RESUME)
         if run is not None:
             torch.testing.assert_close(state(run), whole, rtol=0, atol=0)
+            rows = (place.whole | files)["run/metrics.jsonl"].split(b"\n")[:-1]  # an incomplete last line goes
+            rows = [json.loads(row) for row in rows if row.strip()]
             assert place.read("run/metrics.jsonl") == [row for row in rows if row["step"] <= 8]
 
     def file(name: str, kind: Callable[[bytes], st.SearchStrategy]) -> st.SearchStrategy:

