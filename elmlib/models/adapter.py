@@ -135,6 +135,8 @@ def load_adapter(path: Path) -> AdapterFile:
     """Read an adapter file, of earlier versions of elmlib too. Raises FileNotFoundError for no such file and ValueError
     for one that is truncated or not elmlib's."""
     weights, header = load_tensors(path)
+    if missing := {"config", "step", "data_fingerprint"} - header.keys():
+        raise ValueError(f"{path} holds no adapter: its header has no {', '.join(sorted(missing))}")
     config = SummaryTrainingConfig.from_dict(header["config"], origin=str(path))
     return AdapterFile(weights, config, header["step"], header["data_fingerprint"])
 
