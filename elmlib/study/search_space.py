@@ -148,6 +148,8 @@ def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
     try:
         if not isinstance(spec.get("choices", []), list) or not isinstance(spec.get("log", False), bool):
             raise TypeError("choices is no list, or log neither true nor false")
+        if isinstance(spec.get("step"), bool):
+            raise TypeError("step is no number")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Optuna warns where a step does not divide the range, and changes the range
             distribution = kind(**spec)
