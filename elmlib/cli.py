@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import tyro
 
-from elmlib.config import SummaryTrainingConfig, base_config, commands, files
+from elmlib.config import InputError, SummaryTrainingConfig, base_config, commands, files
 
 logger = logging.getLogger("elmlib")
 
@@ -227,8 +228,8 @@ def _default(kind: type[Any], arguments: list[str]) -> tuple[Any, list[str]]:
     required = {name: tyro.MISSING for name, it in kind.__dataclass_fields__.items() if it.default is MISSING}
     try:
         return kind(**required | values), rest
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _training_default(preset: str, path: Path | None, arguments: list[str]) -> Any:
@@ -277,7 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, config = parse(sys.argv[1:] if arguments is None else arguments)
         _log_to_stderr(getattr(config, "log_level", "INFO"))
         run(config)
-    except (ValueError, OSError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (InputError, OSError) as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("elmlib"):

@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from elmlib import cli
-from elmlib.config import FilterConfig, SummaryTrainingConfig
+from elmlib.config import FilterConfig, InputError, SummaryTrainingConfig
 from elmlib.data.records import find_split
 from elmlib.study.study import StudyFailedError
 from elmlib.study.trial import open_storage
@@ -198,7 +198,7 @@ def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         [1].remove(2)
 
     monkeypatch.setitem(cli.COMMANDS, "filter", (FilterConfig, bug))
-    with pytest.raises(ValueError, match=r"list\.remove"):
+    with pytest.raises(InputError, match=r"list\.remove"):
         cli.main(["filter"])
 
 

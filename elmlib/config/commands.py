@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elmlib.config.files import Preset, require
+from elmlib.config.files import InputError, Preset, require
 from elmlib.config.training import OFFLINE_EMBEDDER, SummaryTrainingConfig
 
 
@@ -34,7 +34,7 @@ class CorpusConfig:
         require(self, 0, "val_fraction", high=1)
         require(self, 0, "test_fraction", high=1)
         if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
+            raise InputError(
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves nothing to train on"
             )
 
@@ -112,7 +112,7 @@ class ReportConfig(CandidatesConfig):
 
     def __post_init__(self) -> None:
         if self.output and self.output.suffix == ".png":
-            raise ValueError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
+            raise InputError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
         super().__post_init__()
         require(self, 0, "samples")
 
@@ -129,7 +129,7 @@ class StudyPlace:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.study_name):
-            raise ValueError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
+            raise InputError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
 
     @property
     def folder(self) -> Path:

@@ -29,16 +29,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of settings; a command takes those that it has."""
 
 
+class InputError(ValueError):
+    """Bad input of a person: the message names the file, line or value, what was expected and what to do. The command
+    line prints it as one line; every other error is a bug or the machine's and keeps its traceback."""
+
+
 def require(config: Any, low: float, *names: str, high: float = float("inf")) -> None:
-    """Raise ValueError unless each of the fields `names` of `config` lies between `low` and `high`."""
+    """Raise InputError unless each of the fields `names` of `config` lies between `low` and `high`."""
     for name in names:
         value = getattr(config, name)
         if not low <= value <= high:  # written so that NaN fails too
-            raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+            raise InputError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON or (`.yaml`, `.yml`) YAML file. Raises FileNotFoundError for no such file, and ValueError,
+    """The settings in a JSON or (`.yaml`, `.yml`) YAML file. Raises FileNotFoundError for no such file, and InputError,
     naming it, for one that is broken or holds no mapping."""
     import yaml
 
@@ -49,25 +54,25 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text) if is_yaml else json.loads(text)
     # Beside its own errors YAML lets through those of int(), datetime() and a search for tags.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid {'YAML' if is_yaml else 'JSON'}: {error}") from error
+        raise InputError(f"{path}: not valid {'YAML' if is_yaml else 'JSON'}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{path}: expected one mapping of settings, found {values!r:.80}")
+        raise InputError(f"{path}: expected one mapping of settings, found {values!r:.80}")
     return values
 
 
 def preset_settings(preset: str, config: type[Any]) -> dict[str, Any]:
-    """The settings of `preset` that the dataclass `config` has; ValueError for an unknown preset."""
+    """The settings of `preset` that the dataclass `config` has; InputError for an unknown preset."""
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(filter(None, PRESETS))}")
+        raise InputError(f"no preset {preset!r}; there are {', '.join(filter(None, PRESETS))}")
     return {name: value for name, value in PRESETS[preset].items() if name in config.__dataclass_fields__}
 
 
 def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> dict[str, Any]:
     """`values` with text turned into paths and lists into tuples where the dataclass `config` has those types. Raises
-    ValueError, naming `origin`, for a setting that `config` does not have or that has another type."""
+    InputError, naming `origin`, for a setting that `config` does not have or that has another type."""
     hints = typing.get_type_hints(config)
     if unknown := sorted(map(str, set(values) - set(hints))):
-        raise ValueError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(hints)}")
+        raise InputError(f"{origin}: unknown setting {', '.join(unknown)}; known are {', '.join(hints)}")
     checked = {}
     for name, value in values.items():
         try:
@@ -76,15 +81,15 @@ def check_settings(config: type[Any], values: dict[str, Any], origin: str) -> di
             wanted = getattr(hints[name], "__name__", str(hints[name]).replace("pathlib.", ""))
             if typing.get_origin(hints[name]) is Literal:
                 wanted = f"one of {', '.join(typing.get_args(hints[name]))}"
-            raise ValueError(f"{origin}: {name} is {value!r}; expected {wanted}") from error
+            raise InputError(f"{origin}: {name} is {value!r}; expected {wanted}") from error
     return checked
 
 
 def make_config(config: type[Config], values: dict[str, Any], origin: str = "settings") -> Config:
-    """The dataclass `config` of plain values, as JSON and YAML have them. Raises ValueError, naming `origin`, as
+    """The dataclass `config` of plain values, as JSON and YAML have them. Raises InputError, naming `origin`, as
     `check_settings` does and for a value out of range."""
     checked = check_settings(config, values, origin)
     try:
         return config(**checked)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from tyro.conf import arg as flag
 
-from elmlib.config.files import make_config, preset_settings, read_settings, require
+from elmlib.config.files import InputError, make_config, preset_settings, read_settings, require
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DriftHead = Literal["readout", "re_embed"]
@@ -140,9 +140,9 @@ class SummaryTrainingConfig:
         literals |= {"evaluation_device": EvaluationDevice}
         for name, literal in literals.items():
             if getattr(self, name) not in get_args(literal):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(literal))}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(literal))}")
         if self.persistent_workers and not self.num_workers:
-            raise ValueError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
+            raise InputError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
 
     def to_json(self) -> str:
         """All fields as a JSON object, which `from_json` reads back to an equal config."""
@@ -162,23 +162,23 @@ class SummaryTrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "settings") -> Self:
         """Make a config from plain values, those of earlier versions of elmlib too, which are read with a warning.
-        Raises ValueError, naming `origin`, for a setting that is unknown, mistyped or out of range."""
+        Raises InputError, naming `origin`, for a setting that is unknown, mistyped or out of range."""
         return make_config(cls, _renamed(values, origin), origin)
 
 
 def base_config(preset: str = "", path: Path | None = None) -> SummaryTrainingConfig:
     """The defaults of a training run, changed by `preset` and then by the settings file at `path`. Raises
-    FileNotFoundError for no such file and ValueError, naming it, for an unknown or bad setting in it."""
+    FileNotFoundError for no such file and InputError, naming it, for an unknown or bad setting in it."""
     values = preset_settings(preset, SummaryTrainingConfig) | (read_settings(path) if path else {})
     return SummaryTrainingConfig.from_dict(values, origin=str(path) if path else preset)
 
 
 def _renamed(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`values` in today's names; ValueError for a setting that is gone and was switched on."""
+    """`values` in today's names; InputError for a setting that is gone and was switched on."""
     values = dict(values)
     for name, unused in _GONE.items():
         if values.pop(name, unused) != unused and unused is not None:
-            raise ValueError(f"{origin}: {name} is gone; this version of elmlib cannot do what it asks for")
+            raise InputError(f"{origin}: {name} is gone; this version of elmlib cannot do what it asks for")
     for old, (new, names) in _OLD_NAMES.items():
         if old in values:
             warnings.warn(f"{origin}: {old} is now called {new}", UserWarning, stacklevel=4)

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm
 
-from elmlib.config import CorpusConfig
+from elmlib.config import CorpusConfig, InputError
 from elmlib.data import records
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, EmbeddingFile, Record, SplitPaths
@@ -59,8 +59,8 @@ class CorpusReport:
 
 def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> CorpusReport:
     """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are. `embed` turns texts
-    into float32 rows. A stopped build resumes at the first batch that was not stored. Raises FileNotFoundError or
-    ValueError for a bad source, an empty split and a vector that is not finite or all zero."""
+    into float32 rows. A stopped build resumes at the first batch that was not stored. Raises InputError
+    for a bad source, an empty split and a vector that is not finite or all zero."""
     found, skipped = read_source(config, progress)
     pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
     if 0 < config.limit < len(pairs):
@@ -135,7 +135,7 @@ def split_pairs(pairs: list[Pair], config: CorpusConfig) -> dict[str, list[Pair]
         splits[next(fitting, "train")] += groups[name]
     if empty := " and ".join(split for split in SPLITS if not splits[split]):
         found = f"{len(pairs)} pairs in {len(groups)} groups"
-        raise ValueError(f"no pairs for {empty}: {found}, of which at most {share}; expected more or smaller groups")
+        raise InputError(f"no pairs for {empty}: {found}, of which at most {share}; expected more or smaller groups")
     return {split: sorted(splits[split]) for split in SPLITS}
 
 
@@ -190,7 +190,7 @@ def _write_embeddings(
             records.check_rows(rows, range(start, start + len(rows)))
             target = path.with_name(f".{name}.{key}.{rows.shape[1]}.partial")
             if partial not in (None, target):
-                raise ValueError(f"{partial} holds rows of another size than {rows.shape[1]}; delete it")
+                raise InputError(f"{partial} holds rows of another size than {rows.shape[1]}; delete it")
             partial = target
             with open(partial, "ab") as file:
                 file.write(rows.tobytes())

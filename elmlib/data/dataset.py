@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.prompts import IGNORE_INDEX, PromptIds, prompt_ids
 from elmlib.data.records import TENSOR, EmbeddingFile, Record, SplitPaths, check_rows, find_split, read_records
 
@@ -122,11 +122,11 @@ class SummaryDataset(Dataset[int]):
 
 
 def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
-    """The files of a split of `config.summary_data_path`; ValueError where the vectors are not of `embedding_dim`."""
+    """The files of a split of `config.summary_data_path`; InputError where the vectors are not of `embedding_dim`."""
     paths = find_split(Path(config.summary_data_path), split)
     with EmbeddingFile(paths.embeddings) as file:
         if file.dim != config.embedding_dim:
-            raise ValueError(
+            raise InputError(
                 f"{paths.embeddings} holds vectors of size {file.dim}, but embedding_dim is {config.embedding_dim}; "
                 f"pass --embedding-dim {file.dim} if that is the embedder's size"
             )
@@ -135,13 +135,13 @@ def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
 
 def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> SummaryDataset:
     """Read, check and tokenise one split of `config.summary_data_path`; `train_rows` takes a sample of the train split.
-    Raises FileNotFoundError and ValueError that name the file, and the line of a bad record."""
+    Raises InputError that name the file, and the line of a bad record."""
     paths = locate_split(config, split)
     with EmbeddingFile(paths.embeddings) as file:
         records = list(read_records(paths.records, file.num_rows))
     others = {record.task_type for record in records} - {"summary"}
     if others and config.summary_only:
-        raise ValueError(
+        raise InputError(
             f"{paths.records} holds a record of task {min(others)!r}; run `elm filter`, "
             "or pass --no-summary-only to train on all tasks"
         )
@@ -155,7 +155,7 @@ def load_split(config: SummaryTrainingConfig, split: str, tokenizer: Any) -> Sum
         if len(prompt.before) + config.num_soft_tokens + len(prompt.behind) + len(ids) + 1 <= config.max_seq_length:
             kept.append((record, [*ids, prompt.end_of_turn]))
     if not kept:
-        raise ValueError(f"{paths.records}: all {len(records)} rows exceed max_seq_length {config.max_seq_length}")
+        raise InputError(f"{paths.records}: all {len(records)} rows exceed max_seq_length {config.max_seq_length}")
     with safe_open(str(paths.embeddings), framework="pt") as tensors:
         embeddings = tensors.get_tensor(TENSOR)
     used = sorted({record.embedding_index for record, _ in kept})

@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm, trange
 
-from elmlib.config import FilterConfig
+from elmlib.config import FilterConfig, InputError
 from elmlib.data import records
 from elmlib.data.records import SPLITS, EmbeddingFile, Record
 
@@ -93,14 +93,14 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
     first use) and `{split}_index_map.npy` (int64, old row -> new row, -1 for dropped), `filter_report.json` and, with
     `skip_bad`, `rejected.jsonl`. Records of all tasks are checked, with the vectors that they point to.
 
-    Raises FileNotFoundError for a missing file and ValueError for a bad file or record, a split without the task and a
+    Raises InputError for a missing or bad file or record, a split without the task and a
     source_id or a vector in two splits; `skip_bad` and `allow_leaks` go on instead.
     """
     rejected_path = config.output_dir / "rejected.jsonl"
     with ExitStack() as stack:
         for folder in (config.output_dir, config.output_embeddings_dir):
             if folder.resolve() in (config.input_dir.resolve(), config.input_embeddings_dir.resolve()):
-                raise ValueError(f"{folder} holds the input; choose another folder for the output")
+                raise InputError(f"{folder} holds the input; choose another folder for the output")
             stack.callback(_remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
         rejected = None
         if config.skip_bad:
@@ -108,12 +108,12 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
         splits = [_Split(config, name, rejected, stack) for name in SPLITS]
         dims = {str(split.vectors.path): split.vectors.dim for split in splits}
         if len(set(dims.values())) > 1:
-            raise ValueError(f"all splits need vectors of one size, but they have {dims}")
+            raise InputError(f"all splits need vectors of one size, but they have {dims}")
         reports = {split.name: split.filter(progress) for split in splits}
         leaks = tuple(_find_leaks(splits))
         message = "\n".join(["the splits overlap", *map(str, leaks)])
         if leaks and not config.allow_leaks:
-            raise ValueError(f"{message}\n(allow_leaks makes this a warning)")
+            raise InputError(f"{message}\n(allow_leaks makes this a warning)")
         report = FilterReport(config.task_type, reports, leaks)
         report_path = stack.enter_context(records.atomic_path(config.output_dir / "filter_report.json"))
         records.write_json(report_path, asdict(report))
@@ -132,7 +132,7 @@ class _Split:
         self.config, self.name, self.rejected, self.stack, self.num_rejected = config, name, rejected, stack, 0
         self.path, vectors = records.split_paths(config.input_dir, config.input_embeddings_dir, name)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist")
+            raise InputError(f"{self.path} does not exist")
         self.vectors = stack.enter_context(EmbeddingFile(vectors))
         self.hashes = {"source_id": array("q"), "vector": array("q")}
         self.numbers = {"source_id": array("I"), "vector": array("I")}
@@ -167,7 +167,7 @@ class _Split:
         kept, good = tasks[task], tasks.total()
         if not kept:
             others = ", ".join(f"{name}: {n}" for name, n in (+tasks).most_common()) or "no good record"
-            raise ValueError(f"{self.path}: no record of task {task!r}, but {others} (rejected: {self.num_rejected})")
+            raise InputError(f"{self.path}: no record of task {task!r}, but {others} (rejected: {self.num_rejected})")
         with open(self.output(folders[1] / f"{self.name}_index_map.npy"), "wb") as out:
             np.save(out, np.array(index_map))
         rows = (vectors.raw(row, row + 1) for row in kept_rows)
@@ -195,9 +195,9 @@ class _Split:
                     row = record.embedding_index
                     if not usable[row]:
                         records.check_rows(self.vectors.rows(row, row + 1), [row], f"{self.vectors.path}: row")
-                except ValueError as error:
+                except InputError as error:
                     if self.rejected is None:
-                        raise ValueError(f"{self.path}, line {number}: {error}") from error
+                        raise InputError(f"{self.path}, line {number}: {error}") from error
                     raw = line.decode(errors="replace")
                     entry = {"split": self.name, "line": number, "reason": str(error), "raw": raw}
                     self.rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from elmlib.config import SoftTokenPosition
+from elmlib.config import InputError, SoftTokenPosition
 
 IGNORE_INDEX = -100  # label of a position that no loss looks at: PyTorch's own default in cross-entropy
 SLOT = "{text}"  # where a record's `input_prompt_template` takes the text
@@ -31,17 +31,17 @@ class PromptIds(NamedTuple):
 
 
 def check_template(template: str) -> None:
-    """Raise ValueError unless `template` holds the slot exactly once."""
+    """Raise InputError unless `template` holds the slot exactly once."""
     if template.count(SLOT) != 1:
-        raise ValueError(f"prompt template {template!r} holds {SLOT} {template.count(SLOT)} times; expected once")
+        raise InputError(f"prompt template {template!r} holds {SLOT} {template.count(SLOT)} times; expected once")
 
 
 def prompt_ids(tokenizer: Any, template: str) -> PromptIds:
-    """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot. Raises ValueError for a
+    """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot. Raises InputError for a
     template without the slot and for a tokenizer without a chat template."""
     check_template(template)
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model")
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model")
     user = {"role": "user", "content": template.replace(SLOT, _MARK)}
     question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     before, behind = question.split(_MARK)

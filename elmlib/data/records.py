@@ -17,6 +17,7 @@ import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
+from elmlib.config import InputError
 from elmlib.data.prompts import check_template
 
 SPLITS = ("train", "val", "test")
@@ -49,15 +50,18 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 
 def parse_record(line: bytes, num_rows: int) -> Record:
-    """A JSONL line as a checked record; unknown fields are ignored, null counts as absent. Raises ValueError."""
+    """A JSONL line as a checked record; unknown fields are ignored, null counts as absent. Raises InputError."""
     values = parse_line(line)
     if isinstance(values, dict) and None in values.values():
         values = {name: value for name, value in values.items() if value is not None}
-    record = msgspec.convert(values, Record)  # its errors are ValueErrors that name the field
+    try:
+        record = msgspec.convert(values, Record)
+    except msgspec.ValidationError as error:  # names the field
+        raise InputError(str(error)) from error
     if not 0 <= record.embedding_index < num_rows:
-        raise ValueError(f"embedding_index {record.embedding_index} is outside the {num_rows} rows of the embeddings")
+        raise InputError(f"embedding_index {record.embedding_index} is outside the {num_rows} rows of the embeddings")
     if not record.target_text.strip():
-        raise ValueError("target_text is empty")
+        raise InputError("target_text is empty")
     check_template(record.input_prompt_template)
     return record
 
@@ -67,14 +71,14 @@ def read_records(path: Path, num_rows: int) -> Iterator[Record]:
     for number, line in read_lines(path):
         try:
             yield parse_record(line, num_rows)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise InputError(f"{path} does not exist")
     empty = True
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -83,40 +87,40 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 empty = False
                 yield number, line
     if empty:
-        raise ValueError(f"{path} is empty; expected one JSON object a line")
+        raise InputError(f"{path} is empty; expected one JSON object a line")
 
 
 def parse_line(line: bytes, where: str = "") -> Any:
-    """One line of JSON; ValueError begins with `where` and says whether the bytes or the JSON are broken."""
+    """One line of JSON; InputError begins with `where` and says whether the bytes or the JSON are broken."""
     prefix = f"{where}: " if where else ""
     try:
         return orjson.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{prefix}not UTF-8: {error}") from error
+        raise InputError(f"{prefix}not UTF-8: {error}") from error
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"{prefix}not valid JSON: {error}") from error
+        raise InputError(f"{prefix}not valid JSON: {error}") from error
 
 
 class EmbeddingFile:
     """One safetensors file that holds the single 2-D tensor `embeddings`, float32 or bfloat16, read row by row. Plain
     reads, not mmap: a mapped file counts as this process's memory until the kernel takes it back. The file is checked
-    before any row is read; FileNotFoundError and ValueError name it."""
+    before any row is read; InputError names it."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
+            raise InputError(f"{path} does not exist")
         try:
             with safe_open(path, "np") as file:  # reads the header and compares it with the size of the file
                 if list(file.keys()) != [TENSOR]:
-                    raise ValueError(f"{path} holds the tensors {sorted(file.keys())}; expected only {TENSOR!r}")
+                    raise InputError(f"{path} holds the tensors {sorted(file.keys())}; expected only {TENSOR!r}")
                 self.dtype: str = file.get_slice(TENSOR).get_dtype()
                 shape: list[int] = file.get_slice(TENSOR).get_shape()
                 self.metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+            raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
         if self.dtype not in _ITEM_BYTES or len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{path}: {self.dtype} of shape {shape}; expected 2-D F32 or BF16, not empty")
+            raise InputError(f"{path}: {self.dtype} of shape {shape}; expected 2-D F32 or BF16, not empty")
         self.num_rows, self.dim = shape
         self._row_bytes = self.dim * _ITEM_BYTES[self.dtype]
         self._file = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
@@ -144,11 +148,11 @@ class EmbeddingFile:
 
 
 def check_rows(rows: np.ndarray, numbers: Sequence[int], what: str = "row") -> None:
-    """Raise ValueError for a vector that is not finite or all zero: `what`, its number out of `numbers`, the reason."""
+    """Raise InputError for a vector that is not finite or all zero: `what`, its number out of `numbers`, the reason."""
     for bad, reason in ((~np.isfinite(rows).all(axis=1), "NaN or infinite"), (~rows.any(axis=1), "all zero")):
         if bad.any():
             number = numbers[int(bad.argmax())]
-            raise ValueError(f"{what} {number} is {reason}; expected a finite vector that is not zero")
+            raise InputError(f"{what} {number} is {reason}; expected a finite vector that is not zero")
 
 
 def write_embeddings(
@@ -240,7 +244,7 @@ def find_embeddings(records: Path) -> Path:
     """The embeddings of a records file: in the same folder, or in `embeddings/` in or beside it."""
     name = records.name.replace("_synthesis.jsonl", "_embeddings.safetensors")
     if name == records.name:
-        raise FileNotFoundError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
+        raise InputError(f"{records} is not named SPLIT_synthesis.jsonl; name its embeddings with --embeddings")
     folders = [records.parent, records.parent / "embeddings", records.parent.parent / "embeddings"]
     return _first_existing(folders, name, ", or use --embeddings")
 
@@ -250,4 +254,4 @@ def _first_existing(folders: list[Path], name: str, hint: str = "") -> Path:
     for path in paths:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"no {name}: looked at {', '.join(map(str, paths))}; `elm filter` writes it{hint}")
+    raise InputError(f"no {name}: looked at {', '.join(map(str, paths))}; `elm filter` writes it{hint}")

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm.auto import tqdm
 
-from elmlib.config import CorpusConfig
+from elmlib.config import CorpusConfig, InputError
 from elmlib.data.records import parse_line, read_lines
 
 SUMMARY_WORDS = range(4, 31)
@@ -70,33 +70,33 @@ def dataset_pairs(config: CorpusConfig) -> list[Pair]:
             rows = datasets.load_from_disk(source)
             if isinstance(rows, dict):
                 if split not in rows:
-                    raise ValueError(f"expected one of the splits {', '.join(rows)}")
+                    raise InputError(f"expected one of the splits {', '.join(rows)}")
                 rows = rows[split]
         else:
             rows = datasets.load_dataset(source, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(
+        raise InputError(
             f"dataset {source!r} cannot be read: {error}. Where the hub is out of reach, run "
             f"`datasets.load_dataset({source!r}, split={split!r}).save_to_disk('folder')` on a machine that reaches "
             "it, copy the folder here and give it as the source"
         ) from error
     except ValueError as error:
-        raise ValueError(f"dataset {source!r}, split {split!r}: {error}") from error
+        raise InputError(f"dataset {source!r}, split {split!r}: {error}") from error
     name = Path(source).name
     return [_row_pair(row, f"{name}:{at:08d}", f"{source}, row {at}", config) for at, row in enumerate(rows)]
 
 
 def _row_pair(row: Any, source_id: str, where: str, config: CorpusConfig) -> Pair:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
 
     def strings(name: str, several: bool = False) -> tuple[str, ...]:
         if name not in row:
-            raise ValueError(f"{where}: expected the field {name!r}, found {', '.join(row) or 'no field'}")
+            raise InputError(f"{where}: expected the field {name!r}, found {', '.join(row) or 'no field'}")
         values = row[name] if several and isinstance(row[name], list) else [row[name]]
         if not values or not all(map(_is_text, values)):
             expected = "text that is not blank" + (", or a list of such" if several else "")
-            raise ValueError(f"{where}: field {name!r} is {reprlib.repr(row[name])}; expected {expected}")
+            raise InputError(f"{where}: field {name!r} is {reprlib.repr(row[name])}; expected {expected}")
         return tuple(values)
 
     group = source_id

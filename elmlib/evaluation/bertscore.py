@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
+from elmlib.config import OFFLINE_EMBEDDER, InputError, SummaryTrainingConfig
 from elmlib.data.records import build_once, cache_folder
 from elmlib.evaluation.metrics import BERTScores, bertscore_means, check_pairs, quality_metrics
 from elmlib.models.pretrained import default_device, locate, public_name, quiet_bars
@@ -65,16 +65,16 @@ class BERTScoreEvaluator:
     ):
         """`baseline_texts`, a few hundred, make the baseline of a model for which `bert_score` ships none. `keep`
         caches the encodings of references and baseline on disk. `device` defaults to CUDA where there is one. Raises
-        ValueError for a batch_size below 1 or for fewer than two different baseline texts."""
+        InputError for a batch_size below 1 or for fewer than two different baseline texts."""
         self.model, self.batch_size = model, batch_size
         self._device, self._keep = device, keep
         self._baseline_texts = list(dict.fromkeys(text for text in baseline_texts if text.strip()))
         self._predictions: dict[str, Encoding] = {}
         self._references: dict[str, Encoding] = {}
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+            raise InputError(f"batch_size is {batch_size}; expected at least 1")
         if len(baseline_texts) and len(self._baseline_texts) < 2:
-            raise ValueError(f"{len(self._baseline_texts)} different baseline_texts; expected at least 2")
+            raise InputError(f"{len(self._baseline_texts)} different baseline_texts; expected at least 2")
 
     def evaluate_batch(
         self, predictions: Sequence[str], references: Sequence[str], return_detailed: bool = False
@@ -100,7 +100,7 @@ class BERTScoreEvaluator:
         self._references = dict(islice(known.items(), CACHED_REFERENCES))
         for index, text in enumerate(references):
             if not known[text].weights.any():
-                raise ValueError(f"reference {index} is {text!r}, which has no token; expected a text")
+                raise InputError(f"reference {index} is {text!r}, which has no token; expected a text")
         return self._match([self._predictions.get(text) for text in predictions], [known[text] for text in references])
 
     @cached_property
@@ -139,7 +139,7 @@ class BERTScoreEvaluator:
     @cached_property
     def encoder_id(self) -> EncoderId:
         """The encoder that `model` names, read at the layer that bert_score tuned, or at its last. The config or the
-        folder of a local copy names the original. Raises FileNotFoundError as `locate` does."""
+        folder of a local copy names the original. Raises as `locate` does."""
         from bert_score.utils import model2layers
         from transformers import AutoConfig
 

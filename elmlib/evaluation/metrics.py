@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import stats
 
+from elmlib.config import InputError
+
 if TYPE_CHECKING:
     from elmlib.evaluation.bertscore import BERTScoreEvaluator
 
@@ -32,14 +34,14 @@ class BERTScores(NamedTuple):
 
 
 def check_pairs(predictions: Texts, references: Texts) -> None:
-    """Raise ValueError for unequal lengths, for no pairs, and for an empty reference (naming its index)."""
+    """Raise InputError for unequal lengths, for no pairs, and for an empty reference (naming its index)."""
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions, {len(references)} references; expected as many of each")
+        raise InputError(f"{len(predictions)} predictions, {len(references)} references; expected as many of each")
     if not len(predictions):
-        raise ValueError("no predictions; expected at least one pair")
+        raise InputError("no predictions; expected at least one pair")
     for index, text in enumerate(references):
         if not text.strip():
-            raise ValueError(f"reference {index} is empty; expected a text")
+            raise InputError(f"reference {index} is empty; expected a text")
 
 
 def bertscore_means(scores: BERTScores) -> dict[str, float]:
@@ -86,12 +88,12 @@ def swap_sources(sources: Texts, seed: int) -> np.ndarray:
     """For each of n rows, a row of ANOTHER source: the permutation of the shuffled control, (n,). Sources are paired at
     random and swapped; of an odd number the last three rotate. Row j of a source gets row j, modulo their number, of
     its partner. Under greedy decoding a summary depends on its embedding alone: the summaries of shuffled embeddings
-    are `predictions[swap]`. Raises ValueError for fewer than two sources."""
+    are `predictions[swap]`. Raises InputError for fewer than two sources."""
     rows: dict[str, list[int]] = {}
     for row, source in enumerate(sources):
         rows.setdefault(source, []).append(row)
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} source; shuffled embeddings need at least 2")
+        raise InputError(f"{len(rows)} source; shuffled embeddings need at least 2")
     groups = list(rows.values())
     order = [groups[place] for place in np.random.default_rng(seed).permutation(len(groups))]
     cycles = [order[start : start + 2] for start in range(0, len(order) - 1, 2)]
@@ -107,7 +109,7 @@ def score_texts(
     evaluator: "BERTScoreEvaluator", predictions: Texts, references: Texts, sources: Texts, seed: int
 ) -> dict[str, float]:
     """`evaluate_batch` with all details, and `..._shuffled`: the BERTScores of the predictions of other sources. Raises
-    ValueError as `check_pairs` and `swap_sources` do."""
+    InputError as `check_pairs` and `swap_sources` do."""
     check_pairs(predictions, references)
     swapped = [predictions[row] for row in swap_sources(sources, seed)]
     metrics, shuffled = (evaluator.evaluate_batch(texts, references, True) for texts in (predictions, swapped))
@@ -133,9 +135,9 @@ def score_summaries(
     seed: int,
 ) -> SummaryScores:
     """Score n summaries and their shuffled control; `embed` maps texts into the space of `embeddings` (n, dim). Raises
-    ValueError as `score_texts` and `embed_texts` do, and where embeddings or sources are not n."""
+    InputError as `score_texts` and `embed_texts` do, and where embeddings or sources are not n."""
     if not len(predictions) == len(embeddings) == len(sources):
-        raise ValueError(f"{len(predictions)} predictions, {len(embeddings)} embeddings, {len(sources)} sources")
+        raise InputError(f"{len(predictions)} predictions, {len(embeddings)} embeddings, {len(sources)} sources")
     metrics = score_texts(evaluator, predictions, references, sources, seed)
     pairs = evaluator.score_pairs(predictions, references)  # encoded already
     vectors = embed_texts(embed, predictions, embeddings.shape[1])
@@ -147,11 +149,11 @@ def score_summaries(
 
 def embed_texts(embed: Embed, texts: Texts, dim: int) -> np.ndarray:
     """Each different text embedded once: float64 (n, dim), all zero for an empty one, whose cosines then count 0.
-    Raises ValueError where `embed` gives another size than `dim`."""
+    Raises InputError where `embed` gives another size than `dim`."""
     different = list(dict.fromkeys(text for text in texts if text.strip()))
     embedded = np.asarray(embed(different), np.float64) if different else np.zeros((0, dim))
     if embedded.shape != (len(different), dim):
-        raise ValueError(f"{embedded.shape} vectors of {len(different)} texts; the embeddings have {dim} columns")
+        raise InputError(f"{embedded.shape} vectors of {len(different)} texts; the embeddings have {dim} columns")
     vector_of = dict(zip(different, embedded, strict=True))
     return np.stack([vector_of.get(text, np.zeros(dim)) for text in texts])
 
@@ -198,12 +200,12 @@ def identify_sources(
 ) -> Identification:
     """Rank the own target of each summary among the targets of all sources, by cosine. summaries (n, dim), targets (m,
     dim); `sources` (m,) names the source of each target, and targets of one source do not compete. `rows` (n,) are the
-    summaries' own targets, by default the same rows. An all-zero summary ranks last. ValueError for one source."""
+    summaries' own targets, by default the same rows. An all-zero summary ranks last. InputError for one source."""
     own = np.arange(len(targets)) if rows is None else np.asarray(rows)
     assert len(own) == len(summaries) and len(sources) == len(targets), (len(own), summaries.shape, targets.shape)
     names, numbers = np.unique(np.array(sources), return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"{len(names)} source; identification needs at least 2")
+        raise InputError(f"{len(names)} source; identification needs at least 2")
     summaries, targets = unit_rows(summaries), unit_rows(targets)
     ranks = []
     for start in range(0, len(own), _COMPARED):
@@ -216,10 +218,10 @@ def identify_sources(
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """The mean of `values` (n,) and the ends of its 95 % percentile bootstrap interval (Efron, 1979). A single value is
-    its own interval. Raises ValueError for no values."""
+    its own interval. Raises InputError for no values."""
     values = np.asarray(values, np.float64)
     if not len(values):
-        raise ValueError("no values; a bootstrap needs at least one")
+        raise InputError("no values; a bootstrap needs at least one")
     mean = float(values.mean())
     if len(values) == 1:
         return mean, mean, mean
@@ -231,9 +233,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float,
 def permutation_p(first: np.ndarray, second: np.ndarray, seed: int = 0) -> float:
     """Two-sided p-value of the paired permutation test (Fisher, 1935) that `first` and `second` have equal means. Both
     (n,), in pairs. Each resample swaps every pair with probability 1/2; up to 13 pairs all swaps are tried. Raises
-    ValueError for unequal lengths or fewer than two pairs."""
+    InputError for unequal lengths or fewer than two pairs."""
     if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"{len(first)} and {len(second)} values; a paired test needs as many of each, at least two")
+        raise InputError(f"{len(first)} and {len(second)} values; a paired test needs as many of each, at least two")
     pairs = (np.asarray(first, np.float64), np.asarray(second, np.float64))
     settings = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": _RESAMPLED, "vectorized": True}
     settings |= {"rng": np.random.default_rng(seed)}

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm
 
+from elmlib.config import InputError
 from elmlib.data.records import atomic_path, parse_line, read_lines
 from elmlib.evaluation import metrics
 from elmlib.evaluation.metrics import COPY, POOL, SHUFFLED, TRUE, Embed
@@ -115,7 +116,7 @@ def score_baselines(
 ) -> Report:
     """Let each system write summaries of `rows` of `dataset`, and score them. A summary has to identify its own source
     among all sources of the dataset. The first system is the adapter, with which the others are compared. Raises
-    ValueError as `check_pairs` and `identify_sources` do."""
+    InputError as `check_pairs` and `identify_sources` do."""
     import pandas
 
     every = [record.target_text for record in dataset.records]
@@ -158,14 +159,14 @@ def score_checkpoint(
     checkpoint: Path, data_dir: str, split: str, samples: int, sampling: "Sampling | None", device: "torch.device"
 ) -> Report:
     """Score an adapter file and its baselines on a seeded sample of a split; 0 `samples` take the whole split.
-    `sampling` adds the best of several candidates. Raises FileNotFoundError and ValueError as loading the data does."""
+    `sampling` adds the best of several candidates. Raises InputError as loading the data does."""
     return _score({TRUE: checkpoint}, data_dir, split, samples, device, sampling, True)
 
 
 def score_adapters(
     checkpoints: Mapping[str, Path], data_dir: str, split: str, samples: int, device: "torch.device"
 ) -> Report:
-    """Several adapters on the same texts, the first with its shuffled control. Raises ValueError where they differ in
+    """Several adapters on the same texts, the first with its shuffled control. Raises InputError where they differ in
     models, position of the soft tokens or length of the summaries."""
     return _score(checkpoints, data_dir, split, samples, device)
 
@@ -194,7 +195,7 @@ def _score(
     for name, setting in product(files, _COMMON):
         theirs, ours = getattr(files[name].config, setting), getattr(config, setting)
         if theirs != ours:
-            raise ValueError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
+            raise InputError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
     for name in ("train", "val", split):  # before a model is loaded or downloaded: a wrong folder fails at once
         locate_split(config, name)
     model = build_model(config, device)
@@ -235,13 +236,13 @@ def score_frame(metrics: Mapping[str, Any]) -> "pandas.DataFrame":
 
 def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
     """The lines of a predictions file, each with at least `fields`. Raises FileNotFoundError for no such file and
-    ValueError for an empty one or, naming it, for a line without them."""
+    InputError for an empty one or, naming it, for a line without them."""
     lines = []
     for number, line in read_lines(path):
         values = parse_line(line, f"{path}, line {number}")
         for field in fields:
             if not isinstance(values, dict) or field not in values:
-                raise ValueError(f"{path}, line {number} has no {field!r}; expected the predictions of a training run")
+                raise InputError(f"{path}, line {number} has no {field!r}; expected the predictions of a training run")
         lines.append(values)
     return lines
 
@@ -257,15 +258,15 @@ def sample_frame(predictions: Path, count: int = 5) -> "pandas.DataFrame":
 def examples_frame(predictions: Path, count: int = 3) -> "pandas.DataFrame":
     """By F1, the `count` best, median and worst summaries of a predictions file, best first; none is in two groups. A
     file of fewer than 3 x `count` lines gives a third of its lines to each group. Raises as `read_predictions` does,
-    and ValueError for fewer than three lines or a `count` below 1."""
+    and InputError for fewer than three lines or a `count` below 1."""
     import pandas
 
     if count < 1:
-        raise ValueError(f"count is {count}; expected at least 1")
+        raise InputError(f"count is {count}; expected at least 1")
     columns = ["bertscore_f1", "rank", "source_id", "target_text", "prediction"]
     lines = pandas.DataFrame(read_predictions(predictions, *columns))
     if len(lines) < 3:
-        raise ValueError(f"{predictions} has {len(lines)} lines; best, median and worst need at least 3")
+        raise InputError(f"{predictions} has {len(lines)} lines; best, median and worst need at least 3")
     lines = lines.sort_values("bertscore_f1", ascending=False, kind="stable", ignore_index=True)
     size = min(count, len(lines) // 3)
     starts = {"best": 0, "median": (len(lines) - size) // 2, "worst": len(lines) - size}

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from elmlib import data
+from elmlib.config import InputError
 from elmlib.data import EmbeddingFile, find_records, read_records
 from elmlib.evaluation import read_predictions
 from elmlib.inference.summarizer import Elm
@@ -38,7 +39,7 @@ def generate_file(
     resumes after its last complete line. Records of one embedding and prompt in one batch are generated once. With
     `sampling`, each line also has `best_candidate`: the candidate whose re-embedding is nearest to the embedding.
 
-    Raises ValueError before anything is written: for bad records, for embeddings of another size or model than the
+    Raises InputError before anything is written: for bad records, for embeddings of another size or model than the
     adapter reads, for rows that are not finite or zero, and for an `output` of another checkpoint, input or decoding.
     """
     checkpoint = checkpoint / BEST if checkpoint.is_dir() else checkpoint
@@ -50,9 +51,9 @@ def generate_file(
         made_by = vectors.metadata.get("embedding_model", model)
         there = f"{vectors.path} holds vectors of"
         if vectors.dim != size:
-            raise ValueError(f"{there} size {vectors.dim}; {checkpoint} reads {size} (from {model})")
+            raise InputError(f"{there} size {vectors.dim}; {checkpoint} reads {size} (from {model})")
         if public_name(made_by) != public_name(model):
-            raise ValueError(f"{there} {made_by}; {checkpoint} reads vectors of {model}")
+            raise InputError(f"{there} {made_by}; {checkpoint} reads vectors of {model}")
         requests = _read_requests(records, vectors)
         files = {"checkpoint": checkpoint, "records": records, "embeddings": vectors.path}
         made_from: dict[str, Any] = {name: data.file_digest(path)[:16] for name, path in files.items() if path}
@@ -84,18 +85,18 @@ class TextPairs(NamedTuple):
 
 
 def read_pairs(predictions: Path, references: Path) -> TextPairs:
-    """The lines of a predictions file beside the records that it was written for. Raises ValueError for files of
+    """The lines of a predictions file beside the records that it was written for. Raises InputError for files of
     unequal length, or where a line belongs to another embedding than its record."""
     references = find_records(references)
     records = list(read_records(references, num_rows=sys.maxsize))
     lines = read_predictions(predictions, "prediction")
     if len(lines) != len(records):
-        raise ValueError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
+        raise InputError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
         if not isinstance(line["prediction"], str):
-            raise ValueError(f"{predictions}, line {number}: the prediction is {line['prediction']!r}, not a text")
+            raise InputError(f"{predictions}, line {number}: the prediction is {line['prediction']!r}, not a text")
         if line.get("embedding_index", record.embedding_index) != record.embedding_index:
-            raise ValueError(
+            raise InputError(
                 f"{predictions}, line {number}: made from embedding {line['embedding_index']}, but its record in "
                 f"{references} has {record.embedding_index}; were they written for the same file?"
             )
@@ -105,7 +106,7 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
 
 def _read_requests(records: Path | None, vectors: EmbeddingFile) -> list[tuple[int, str, str]]:
     """(embedding row, prompt template, source_id) of each record, or of each row where there are no records. Raises
-    ValueError for a bad record, or for a row that is used and not finite or zero."""
+    InputError for a bad record, or for a row that is used and not finite or zero."""
     requests = [(row, data.TASK_TEMPLATES["summary"], "") for row in range(vectors.num_rows)]
     if records:
         read = read_records(records, vectors.num_rows)
@@ -116,8 +117,8 @@ def _read_requests(records: Path | None, vectors: EmbeddingFile) -> list[tuple[i
         block = vectors.rows(start, min(start + _CHECKED, vectors.num_rows))
         try:
             data.check_rows(block[rows - start], rows.tolist())
-        except ValueError as error:
-            raise ValueError(f"{vectors.path}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{vectors.path}: {error}") from error
     return requests
 
 
@@ -139,13 +140,13 @@ def _answer(
 
 def _resume_output(output: Path, made_from: dict[str, Any], requests: list[tuple[int, str, str]]) -> int:
     """Cut an incomplete last line off an output that was made from the same files; return its complete lines. Raises
-    ValueError for lines that were not made from these requests."""
+    InputError for lines that were not made from these requests."""
     if not output.exists():
         return 0
     about = output.with_name(output.name + _ABOUT)
     before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     if before != made_from:
-        raise ValueError(f"{output} exists and was made from {before}, not from {made_from}; remove it or name another")
+        raise InputError(f"{output} exists and was made from {before}, not from {made_from}; remove it or name another")
     with open(output, "r+b") as file:
         complete = [line for line in file if line.endswith(b"\n")]
         for number, line in enumerate(complete):
@@ -153,6 +154,6 @@ def _resume_output(output: Path, made_from: dict[str, Any], requests: list[tuple
             row, _, name = requests[number] if number < len(requests) else (-1, "", "")
             made = isinstance(values, dict) and {"source_id": name, "embedding_index": row}.items() <= values.items()
             if not made or not isinstance(values.get("prediction"), str):
-                raise ValueError(f"{output}, line {number + 1} is not a summary of record {number + 1}; remove it")
+                raise InputError(f"{output}, line {number + 1} is not a summary of record {number + 1}; remove it")
         file.truncate(sum(map(len, complete)))
     return len(complete)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from sentence_transformers.util import cos_sim, semantic_search
 
+from elmlib.config import InputError
 from elmlib.data.dataset import load_split
 from elmlib.data.records import EmbeddingFile
 from elmlib.evaluation.metrics import swap_sources
@@ -42,7 +43,7 @@ class Explorer:
     """A trained adapter and the data that it was trained on: summaries, comparisons, and cards for a notebook."""
 
     def __init__(self, elm: Elm, data_dir: Path | str, split: str = "val"):
-        """`split` holds the texts to choose from. Raises as `load_split` does, and ValueError for vectors of another
+        """`split` holds the texts to choose from. Raises as `load_split` does, and InputError for vectors of another
         size or a split of one source."""
         self.elm = elm
         config = replace(elm.file.config, summary_data_path=str(data_dir))
@@ -63,7 +64,7 @@ class Explorer:
     def text_question(self, text: str) -> Question:
         """The question about a new text; its control is a vector of the split."""
         if not text.strip():
-            raise ValueError("the text is empty; type one")
+            raise InputError("the text is empty; type one")
         return Question(self.elm.embed([text])[0], "", text, self.vectors[self.swap[0]])
 
     def stream(
@@ -109,7 +110,7 @@ class Explorer:
 
     def answer(self, question: Question, **decoding: Any) -> Iterator[list[tuple[str, str]]]:
         """The rows (name, value) of a card: the summary after each token, and last all that it is compared with. Raises
-        ValueError for a vector of another size, zero or not finite."""
+        InputError for a vector of another size, zero or not finite."""
         vector, text = question.vector, ""
         for text in self.stream(vector, **decoding):
             yield [("summary", text)]
@@ -149,7 +150,7 @@ class Explorer:
         self, question: Callable[..., Question | np.ndarray], button: str = "", **controls: Any
     ) -> "ipywidgets.VBox":
         """A card that calls `question` with the values of its `controls`, as `ipywidgets.interactive` does. `question`
-        returns a vector (dim,) or a `Question`. With `button`, it is called by that button alone. A ValueError or
+        returns a vector (dim,) or a `Question`. With `button`, it is called by that button alone. An InputError or
         OSError, which what was typed can cause, is shown on the card in one line."""
         import ipywidgets
 
@@ -162,7 +163,7 @@ class Explorer:
                     asked = asked if isinstance(asked, Question) else Question(asked)
                     for rows in self.answer(asked, **self.decoding.kwargs):
                         html.value = _table(rows)
-                except (ValueError, OSError) as error:
+                except (InputError, OSError) as error:
                     html.value = _table([("error", str(error))])
 
         panel = ipywidgets.interactive(show, {"manual": bool(button), "manual_name": button}, **controls)
@@ -184,10 +185,10 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
     """The run that saved its adapter last, and its data, of several runs (folder -> data folder). Raises
-    FileNotFoundError where none has an adapter."""
+    InputError where none has an adapter."""
     saved = {Path(run, BEST).stat().st_mtime: run for run in runs if Path(run, BEST).is_file()}
     if not saved:
-        raise FileNotFoundError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
+        raise InputError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
     newest = saved[max(saved)]
     return newest, runs[newest]
 
@@ -204,9 +205,9 @@ def add_direction(start: np.ndarray, a: np.ndarray, b: np.ndarray, steps: float)
 
 
 def mean_vector(vectors: np.ndarray) -> np.ndarray:
-    """The mean of vectors (n, dim), at their mean length. Raises ValueError for no vector."""
+    """The mean of vectors (n, dim), at their mean length. Raises InputError for no vector."""
     if not len(vectors):
-        raise ValueError("no vectors to average; choose at least one")
+        raise InputError("no vectors to average; choose at least one")
     return _with_length(vectors.mean(axis=0), np.linalg.norm(vectors, axis=1).mean())
 
 
@@ -218,12 +219,12 @@ def _with_length(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
 
 def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
     """A vector (dim,) of what a person typed: numbers between spaces or commas, or row `row` of a file. A file is
-    .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises FileNotFoundError for no such
-    file, and ValueError for text that is no vector or a row that the file does not have."""
+    .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises InputError for no such
+    file, and InputError for text that is no vector or a row that the file does not have."""
     text = str(text).strip()
     typed, path = text.lstrip("[-+. ")[:1].isdigit(), Path(text).expanduser()
     if not typed and not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected a vector as .safetensors, .npy, or as numbers")
+        raise InputError(f"no file {path}; expected a vector as .safetensors, .npy, or as numbers")
     if not typed and path.suffix == ".safetensors":
         with EmbeddingFile(path) as file:
             rows = file.rows(0, file.num_rows)
@@ -235,7 +236,7 @@ def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
             rows = np.array([numbers], np.float32)
         except ValueError as error:
             name = "the text" if typed else path
-            raise ValueError(f"{name} is no vector: {error}; expected numbers between spaces or commas") from error
+            raise InputError(f"{name} is no vector: {error}; expected numbers between spaces or commas") from error
     if not 0 <= row < len(rows):
-        raise ValueError(f"{path} has {len(rows)} vectors; there is no row {row}")
+        raise InputError(f"{path} has {len(rows)} vectors; there is no row {row}")
     return rows[row]

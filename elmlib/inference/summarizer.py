@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from elmlib.config import read_settings
+from elmlib.config import InputError, read_settings
 from elmlib.data.dataset import PromptBatch
 from elmlib.data.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.data.records import check_rows, write_json
@@ -58,7 +58,7 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
 
         `llm_model` and `embedding_model` say where those two are on this machine, if not where their names say.
         `kwargs` go to the hub's `snapshot_download`: revision, token, cache_dir and so on.
-        Raises FileNotFoundError for a file or model that does not exist, and ValueError, naming both, for an LLM,
+        Raises InputError for a file or model that does not exist and, naming both, for an LLM,
         embedder or revision other than the adapter was trained with.
         """
         name = str(pretrained_model_name_or_path)
@@ -67,7 +67,7 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
             try:
                 path = Path(snapshot_download(name, allow_patterns=[BEST, _ABOUT], **kwargs))
             except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-                raise FileNotFoundError(
+                raise InputError(
                     f"no adapter {name!r}: there is no such folder or file, and the hub gave none ({error}); "
                     "`make demo` trains papermill_runs/demo"
                 ) from error
@@ -82,15 +82,15 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
 
     @cached_property
     def embedder(self) -> "SentenceTransformer":
-        """The text embedder, loaded when it is first used; ValueError for one of another size."""
+        """The text embedder, loaded when it is first used; InputError for one of another size."""
         size = self.file.config.embedding_dim
         embedder = load_embedder(self.embedder_name, self.device, self.about.get("embedding_revision", ""))
         if (own := embedder.get_embedding_dimension()) != size:
-            raise ValueError(f"{self.embedder_name} makes vectors of size {own}; the adapter reads {size}")
+            raise InputError(f"{self.embedder_name} makes vectors of size {own}; the adapter reads {size}")
         return embedder
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """(len(texts), embedding_dim) float32. Raises ValueError for no texts."""
+        """(len(texts), embedding_dim) float32. Raises InputError for no texts."""
         return encode(self.embedder, texts, _BATCH)
 
     def summarize(
@@ -104,7 +104,7 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         """One summary for each of `vectors` (n, embedding_dim), of any float type and device, by greedy decoding.
         `max_new_tokens` 0 uses the training's. With `sampling`, that many candidates are drawn and the one whose
         re-embedding is nearest to the vector is kept. `task` is a task's name or a prompt template with `{text}`.
-        Raises ValueError for vectors of another size and, with its number, for a row that is zero or not finite."""
+        Raises InputError for vectors of another size and, with its number, for a row that is zero or not finite."""
         length = max_new_tokens or self.file.config.max_new_tokens
         rows, texts = self.check_vectors(vectors), list[str]()
         for start in range(0, len(rows), batch_size):
@@ -117,17 +117,17 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
         return texts
 
     def check_vectors(self, vectors: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Vectors (n, embedding_dim) as float32 on the CPU; raises ValueError as `summarize` does."""
+        """Vectors (n, embedding_dim) as float32 on the CPU; raises InputError as `summarize` does."""
         rows = torch.as_tensor(vectors).detach().float().cpu().numpy()
         size = self.file.config.embedding_dim
         if rows.ndim != 2 or rows.shape[1] != size:
             name = self.file.config.embedding_model_name
-            raise ValueError(f"vectors of shape {rows.shape}; this adapter reads (n, {size}), of {name}")
+            raise InputError(f"vectors of shape {rows.shape}; this adapter reads (n, {size}), of {name}")
         check_rows(rows, range(len(rows)))
         return rows
 
     def batch(self, vectors: np.ndarray | torch.Tensor, task: str = "summary") -> PromptBatch:
-        """Vectors (n, embedding_dim) under the prompt of `task`; raises ValueError as `summarize` does."""
+        """Vectors (n, embedding_dim) under the prompt of `task`; raises InputError as `summarize` does."""
         rows = torch.from_numpy(self.check_vectors(vectors))
         return PromptBatch(rows, prompt_ids(self.model.tokenizer, TASK_TEMPLATES.get(task, task))).to(self.device)
 
@@ -190,5 +190,5 @@ def _same_model(path: Path, kind: str, trained: str, wanted: str) -> str:
     """`wanted`, or the name that the adapter was trained with; both must mean the same model."""
     last, other = (public_name(name).rpartition("/")[2].lower() for name in (trained, wanted or trained))
     if last != other:
-        raise ValueError(f"{path} was trained with the {kind} {trained}; {wanted} is another")
+        raise InputError(f"{path} was trained with the {kind} {trained}; {wanted} is another")
     return wanted or trained

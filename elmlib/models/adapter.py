@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.records import atomic_path
 
 BEST = "best_summary_model.safetensors"  # file name of a run's best adapter
@@ -132,11 +132,11 @@ def save_adapter(
 
 
 def load_adapter(path: Path) -> AdapterFile:
-    """Read an adapter file, of earlier versions of elmlib too. Raises FileNotFoundError for no such file and ValueError
-    for one that is truncated or not elmlib's."""
+    """Read an adapter file, of earlier versions of elmlib too. Raises InputError for
+    no such file and for one that is truncated or not elmlib's."""
     weights, header = load_tensors(path)
     if missing := {"config", "step", "data_fingerprint"} - header.keys():
-        raise ValueError(f"{path} holds no adapter: its header has no {', '.join(sorted(missing))}")
+        raise InputError(f"{path} holds no adapter: its header has no {', '.join(sorted(missing))}")
     config = SummaryTrainingConfig.from_dict(header["config"], origin=str(path))
     return AdapterFile(weights, config, header["step"], header["data_fingerprint"])
 
@@ -151,22 +151,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file by `save_tensors`; raises as `load_adapter` does."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise InputError(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
     if header is None:
-        raise ValueError(f"{path} was not written by elmlib: its header has no {_HEADER!r} entry")
+        raise InputError(f"{path} was not written by elmlib: its header has no {_HEADER!r} entry")
     try:
         values = json.loads(header)
         whole = values.pop(_DIGEST, None) in (None, _digest(tensors, values))  # earlier versions wrote none
     except (ValueError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is damaged: its tensors or settings are not those that elmlib wrote")
+        raise InputError(f"{path} is damaged: its tensors or settings are not those that elmlib wrote")
     return tensors, values
 
 
@@ -175,5 +175,5 @@ def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

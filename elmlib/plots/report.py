@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elmlib.config import InputError
 from elmlib.evaluation.metrics import correlation
 from elmlib.evaluation.report import read_predictions
 from elmlib.plots.curves import SHUFFLED, TRAIN, TRUE, style
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def ranks_info(run: Path) -> "pandas.DataFrame":
     """How the summaries in `run`/predictions.jsonl rank their own reference among all, 1 is best. One row a bin of
     ranks, which double in width: 1, 2, 3-4, 5-8, ...; columns `summaries`, and `chance`: the summaries to expect if
-    every rank is equally likely. Raises FileNotFoundError where there is no such file and ValueError where its lines
+    every rank is equally likely. Raises FileNotFoundError where there is no such file and InputError where its lines
     have no rank or one beyond its sources."""
     import pandas
 
@@ -27,7 +28,7 @@ def ranks_info(run: Path) -> "pandas.DataFrame":
     # The embedding identifies a record without source_id, as in `Record.source`.
     total = lines.source_id.where(lines.source_id != "", lines.embedding_index).nunique()
     if not lines["rank"].between(1, total).all():
-        raise ValueError(f"{path}: ranks from {lines['rank'].min()} to {lines['rank'].max()} among {total} sources")
+        raise InputError(f"{path}: ranks from {lines['rank'].min()} to {lines['rank'].max()} among {total} sources")
     doubling = 1 + 2 ** np.arange(int(total).bit_length())
     edges = np.array([1, *doubling[doubling <= total], total + 1])
     bins = zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True)
@@ -71,14 +72,14 @@ def plot_similarity(info: "pandas.DataFrame", ax: "Axes") -> None:
 
 def draw_report(path: Path) -> "Figure":
     """The mean F1 of each system in the CSV that `elm report --output` wrote, with its 95 % interval. The dashed line
-    is the mean of the adapter, the first system. Raises ValueError for another table."""
+    is the mean of the adapter, the first system. Raises InputError for another table."""
     import pandas
     from matplotlib.figure import Figure
 
     frame = pandas.read_csv(path, index_col=0)
     columns = ["bertscore_f1", "bertscore_f1_low", "bertscore_f1_high"]
     if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"{path} has no column {missing[0]!r}; expected what `elm report --output` writes")
+        raise InputError(f"{path} has no column {missing[0]!r}; expected what `elm report --output` writes")
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(frame)), layout="constrained")
     ax = figure.subplots()
     for place, (name, mean, low, high) in enumerate(frame[columns].itertuples()):

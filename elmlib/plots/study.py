@@ -8,6 +8,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
+from elmlib.config import InputError
 from elmlib.plots.curves import SHUFFLED, TRAIN, TRUE, style
 from elmlib.study.results import best_trial, importance
 from elmlib.study.search_space import DEFAULTS
@@ -54,12 +55,12 @@ def plot_drift(study: optuna.Study, ax: "Axes") -> None:
 
 def draw_study(study: optuna.Study) -> "dict[str, Figure]":
     """All plots of a study by name: history, reports, drift, and with enough complete trials importance, parallel,
-    slice and contour. Raises ValueError for a study without a complete trial."""
+    slice and contour. Raises InputError for a study without a complete trial."""
     from matplotlib.figure import Figure
     from optuna.visualization import matplotlib as drawn
 
     if best_trial(study) is None:
-        raise ValueError(f"study {study.study_name!r} has no complete trial; there is nothing to draw yet")
+        raise InputError(f"study {study.study_name!r} has no complete trial; there is nothing to draw yet")
     figures = {
         "reports": Figure(figsize=(8, 3.6), layout="constrained"),
         "drift": Figure(figsize=(5, 3.6), layout="constrained"),

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
-from elmlib.config import DashboardConfig, StudyConfig, StudyPlace, SummaryTrainingConfig
+from elmlib.config import DashboardConfig, InputError, StudyConfig, StudyPlace, SummaryTrainingConfig
 from elmlib.data.records import atomic_path, write_json
 from elmlib.study.search_space import DEFAULTS
 from elmlib.study.trial import STORAGE_VARIABLE, Outcome, open_storage
@@ -128,7 +128,7 @@ def cells_frame(study: optuna.Study) -> "pandas.DataFrame":
 
     cells = pandas.DataFrame([trial.user_attrs for trial in _complete(study) if "variant" in trial.user_attrs])
     if cells.empty:
-        raise ValueError(f"study {study.study_name!r} has no complete trial of a grid; `elm study --grid` runs one")
+        raise InputError(f"study {study.study_name!r} has no complete trial of a grid; `elm study --grid` runs one")
     names = {"bertscore_f1": "f1", "identification_top_1": "top_1", "identification_mrr": "mrr"}
     cells = cells.rename(columns=names)
     cells["f1_gap"] = cells.f1 - cells.bertscore_f1_shuffled
@@ -201,17 +201,17 @@ def storage_address(config: StudyPlace) -> str:
 
 
 def open_study(config: StudyPlace) -> optuna.Study:
-    """A study that exists; raises FileNotFoundError or ValueError if there is none of that name."""
+    """A study that exists; raises InputError if there is none of that name."""
     address = storage_address(config)
     path = address.removeprefix("sqlite:///")
     if path != address and not Path(path).is_file():
-        raise FileNotFoundError(f"no study {path}; `elm study` makes it, or name another one with --storage")
+        raise InputError(f"no study {path}; `elm study` makes it, or name another one with --storage")
     storage = open_storage(address)
     try:
         return optuna.load_study(study_name=config.study_name, storage=storage)
     except KeyError as error:
         names = ", ".join(optuna.get_all_study_names(storage)) or "none"
-        raise ValueError(f"no study {config.study_name!r} in {make_url(address)!r}; there are: {names}") from error
+        raise InputError(f"no study {config.study_name!r} in {make_url(address)!r}; there are: {names}") from error
 
 
 def serve_dashboard(config: DashboardConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from elmlib.config import StudyConfig, SummaryTrainingConfig, base_config, make_config, read_settings
+from elmlib.config import InputError, StudyConfig, SummaryTrainingConfig, base_config, make_config, read_settings
 from elmlib.data.records import file_digest, find_split
 
 Settings = dict[str, Any]
@@ -57,7 +57,7 @@ class StudyPlan(NamedTuple):
 
 
 def plan_study(config: StudyConfig) -> StudyPlan:
-    """Read and check everything that a study needs; raises FileNotFoundError or ValueError for what does not fit."""
+    """Read and check everything that a study needs; raises InputError for what does not fit."""
     base, space = base_settings(config), Space()
     if config.grid:
         first = load_grid(config.grid, config.seeds)
@@ -69,12 +69,12 @@ def plan_study(config: StudyConfig) -> StudyPlan:
         ranges = {name: repr(distribution) for name, distribution in space.items()}
     files = [path for split in ("train", "val") for path in find_split(Path(config.data_dir), split)]
     if not config.notebook.is_file():
-        raise FileNotFoundError(f"no notebook {config.notebook}; run this in the repository's folder, or --notebook")
+        raise InputError(f"no notebook {config.notebook}; run this in the repository's folder, or --notebook")
     try:
         cells = json.loads(config.notebook.read_text(encoding="utf-8"))["cells"]
         sources = json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{config.notebook} is no notebook: {error!r}") from error
+        raise InputError(f"{config.notebook} is no notebook: {error!r}") from error
     contract = base.identity() | {f"space: {name}": value for name, value in ranges.items()}
     contract["data"] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:16]
     contract["notebook"] = hashlib.sha256(sources.encode()).hexdigest()[:16]
@@ -83,11 +83,11 @@ def plan_study(config: StudyConfig) -> StudyPlan:
 
 
 def check_contract(study_name: str, before: Settings | None, now: Settings) -> None:
-    """Raise ValueError, naming the differences, unless a study that was begun as `before` is resumed as it was."""
+    """Raise InputError, naming the differences, unless a study that was begun as `before` is resumed as it was."""
     before = before or now
     pairs = {name: (before.get(name), now.get(name)) for name in before | now}
     if differences := [f"{name} was {was!r}, is {new!r}" for name, (was, new) in pairs.items() if was != new]:
-        raise ValueError(
+        raise InputError(
             f"study {study_name!r} was begun with other settings: {'; '.join(differences)}. Scores would not compare: "
             "use the same settings, or another --study-name"
         )
@@ -100,12 +100,12 @@ def base_settings(config: StudyConfig) -> SummaryTrainingConfig:
     own, plain = _own_settings(config), SummaryTrainingConfig()
     for name, value in own.items():
         if name in named and named[name] not in (value, getattr(plain, name)):
-            raise ValueError(f"{config.training_config}: {name} is set by the study; remove it, see `elm study --help`")
+            raise InputError(f"{config.training_config}: {name} is set by the study; remove it, see `elm study --help`")
     if config.wandb:
         import wandb
 
         if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
-            raise ValueError("--wandb needs an account: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
+            raise InputError("--wandb needs an account: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
     if "eval_first" not in named:
         own["eval_first"] = False
     if "early_stopping_patience" not in named:
@@ -129,13 +129,13 @@ def _own_settings(config: StudyConfig) -> Settings:
 
 
 def load_space(path: Path | None) -> tuple[Space, Settings]:
-    """Searched and fixed settings of the guide's space, or of a YAML file; ValueError names file and setting. In the
+    """Searched and fixed settings of the guide's space, or of a YAML file; InputError names file and setting. In the
     file a setting has a list of `choices`, a range `low` and `high` (with `log: true` or a `step`), or a value."""
     if path is None:
         return GUIDE_SPACE, {}
     specs = read_settings(path)
     if not specs:
-        raise ValueError(f"{path}: expected settings and their ranges, found none")
+        raise InputError(f"{path}: expected settings and their ranges, found none")
     fixed = {name: value for name, value in specs.items() if not isinstance(value, dict)}
     _check(fixed, str(path))
     return {name: _read_range(name, specs[name], str(path)) for name in specs if name not in fixed}, fixed
@@ -154,7 +154,7 @@ def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
             warnings.simplefilter("error")  # Optuna warns where a step does not divide the range, and changes the range
             distribution = kind(**spec)
     except (ValueError, TypeError, ArithmeticError, UserWarning) as error:
-        raise ValueError(
+        raise InputError(
             f"{origin}: {name} is {spec!r}; expected a value, `choices`, or for a number `low` and `high` with `log` "
             f"or `step`: {error}"
         ) from error
@@ -165,9 +165,9 @@ def _read_range(name: str, spec: Settings, origin: str) -> BaseDistribution:
 
 def _check(settings: Any, origin: str) -> None:
     if not isinstance(settings, dict):
-        raise ValueError(f"{origin}: settings are {type(settings).__name__}; expected a dict of names and values")
+        raise InputError(f"{origin}: settings are {type(settings).__name__}; expected a dict of names and values")
     if owned := sorted((_own_settings(StudyConfig()).keys() - {"seed"}) & settings.keys()):
-        raise ValueError(f"{origin}: {', '.join(owned)} cannot be searched: the study sets it")
+        raise InputError(f"{origin}: {', '.join(owned)} cannot be searched: the study sets it")
     make_config(SummaryTrainingConfig, settings, origin)  # today's names only: a trial has no others
 
 
@@ -191,12 +191,12 @@ def load_grid(path: Path, seeds: int) -> list[FrozenTrial]:
     The file maps a variant's name to the training settings that it changes; `defaults: {}` is always the first."""
     values = read_settings(path)
     if not isinstance(named := values.get("variants", values), dict):
-        raise ValueError(f"{path}: variants is {named!r}; expected names and the settings that they change")
+        raise InputError(f"{path}: variants is {named!r}; expected names and the settings that they change")
     variants: Settings = {DEFAULTS: {}} | named
     for name, changes in variants.items():
         _check(changes, f"{path}: {name}")
         if "seed" in changes or (name == DEFAULTS and changes):
-            raise ValueError(f"{path}: {name} is {changes!r}; expected no seed, and no change of {DEFAULTS}")
+            raise InputError(f"{path}: {name} is {changes!r}; expected no seed, and no change of {DEFAULTS}")
     return [
         _waiting({"origin": f"{name}, seed {seed}", "variant": name, "changes": changes | {"seed": seed}, "seed": seed})
         for seed in range(seeds)

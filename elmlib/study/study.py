@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from tqdm.auto import tqdm
 
-from elmlib.config import StudyConfig
+from elmlib.config import InputError, StudyConfig
 from elmlib.data.records import atomic_path
 from elmlib.evaluation.metrics import objective
 from elmlib.study import results
@@ -53,7 +53,7 @@ class StudyFailedError(RuntimeError):
 def run_study(config: StudyConfig) -> optuna.Study:
     """Run trials until `config.trials` are finished, `config.jobs` at a time, and write the results. A study that
     exists is resumed, its stopped trials too. The first Ctrl-C lets running trials end, the second stops them. Raises
-    ValueError or FileNotFoundError for what does not fit, StudyFailedError if no trial completed."""
+    InputError for what does not fit, StudyFailedError if no trial completed."""
     launcher = Launcher(config)
     launcher.run()
     study = launcher.study
@@ -73,7 +73,7 @@ def submit_launchers(config: StudyConfig) -> list[str]:
     import submitit
 
     if not results.storage_address(config).startswith("postgresql"):
-        raise ValueError("several launchers need PostgreSQL: set ELM_STUDY_STORAGE to postgresql+psycopg://...")
+        raise InputError("several launchers need PostgreSQL: set ELM_STUDY_STORAGE to postgresql+psycopg://...")
     # Not as an argument: submitit writes those to disk, and the address may hold a password.
     os.environ[STORAGE_VARIABLE] = Launcher(config).storage.url
     executor = submitit.AutoExecutor(folder=config.folder / "slurm", cluster=config.slurm_cluster)
@@ -124,7 +124,7 @@ class Launcher:
                 study_name=config.study_name, storage=self.storage, direction="maximize", load_if_exists=True
             )
             if not config.resume and self.study.trials:
-                raise ValueError(f"study {config.study_name!r} exists; omit --no-resume, or use another --study-name")
+                raise InputError(f"study {config.study_name!r} exists; omit --no-resume, or use another --study-name")
             check_contract(config.study_name, self.study.user_attrs.get(CONTRACT), self.plan.contract)
             self.study.set_user_attr(CONTRACT, self.plan.contract)
             pruner = {"startup_trials": config.startup_trials, "warmup_reports": config.warmup_reports}
@@ -191,7 +191,7 @@ class Launcher:
 
     @contextmanager
     def _claim(self) -> Iterator[None]:
-        """On SQLite be the one launcher, and fail the trials of one that has ended; ValueError while one runs."""
+        """On SQLite be the one launcher, and fail the trials of one that has ended; InputError while one runs."""
         if self.is_shared:
             yield
             return
@@ -199,7 +199,7 @@ class Launcher:
         host, _, pid = name.rpartition(":")
         is_gone = host == socket.gethostname() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
         if not is_gone and (wait := round(since + 3 * self.config.heartbeat - time.time())) > 0:
-            raise ValueError(
+            raise InputError(
                 f"study {self.config.study_name!r} is run by another launcher, {name}; use PostgreSQL for several. If "
                 f"that one is gone, start again in {wait} s"
             )
@@ -273,7 +273,7 @@ class Launcher:
         settings |= {"checkpoint_dir": str(folder), "wandb_run_name": f"{self.config.study_name}-{folder.name}"}
         try:
             config = replace(self.plan.base, **settings)
-        except ValueError as error:
+        except InputError as error:
             self._finish(trial, folder, Outcome("failed", f"impossible settings: {error}"))
             return
         shutil.rmtree(folder, ignore_errors=True)  # of a study that was deleted: numbers are never used twice

@@ -21,7 +21,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import exc, make_url
 from sqlalchemy.pool import NullPool
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.records import write_json
 from elmlib.evaluation.metrics import objective
 from elmlib.training.loggers import MetricsRow, RunLogger
@@ -58,7 +58,7 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBStorage:
-    """The storage at a SQLAlchemy URL; ValueError, without its password, if that is none or its driver is missing."""
+    """The storage at a SQLAlchemy URL; InputError, without its password, if that is none or its driver is missing."""
     # No connection is held between calls: a server has a hundred, and launchers and notebooks are more.
     engine: dict[str, Any] = {"poolclass": NullPool, "pool_pre_ping": True}
     try:
@@ -75,7 +75,7 @@ def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBSto
         time.sleep(_PAUSE)
         return open_storage(address, heartbeat, attempts - 1)
     except (exc.ArgumentError, ImportError) as error:
-        raise ValueError(
+        raise InputError(
             "the storage is no database URL or has no driver; expected sqlite:///study.db for example, or after "
             "pip install -e '.[postgres]' postgresql+psycopg://..."
         ) from error

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.models.adapter import BEST, EmbeddingAdapter, load_adapter, load_tensors, save_adapter, save_tensors
 
 _STEP = re.compile(r"adapter_step_\d+\.safetensors")
@@ -70,11 +70,11 @@ def random_state() -> dict[str, Tensor]:
 def load_run(
     path: Path, adapter: EmbeddingAdapter, optimizer: torch.optim.Optimizer, processes: int, rank: int
 ) -> RunState:
-    """Restore weights, optimizer and the random state of process `rank`, and return the run state. Raises ValueError
+    """Restore weights, optimizer and the random state of process `rank`, and return the run state. Raises InputError
     where the run had another number of processes: it would repeat rows, or never end."""
     tensors, header = load_tensors(_state_path(path))
     if (saved := header.get("processes", 1)) != processes:
-        raise ValueError(f"cannot continue {path}: it was saved by {saved} processes, now they are {processes}")
+        raise InputError(f"cannot continue {path}: it was saved by {saved} processes, now they are {processes}")
     adapter.load_state_dict(load_adapter(path).weights)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -112,7 +112,7 @@ def archive_run(folder: Path) -> Path | None:
 
 def find_checkpoint(config: SummaryTrainingConfig) -> Path | None:
     """The checkpoint that `config.resume_from` names; None to start a new run. `latest` in a folder without a
-    checkpoint starts a new run. Raises FileNotFoundError for a file that does not exist, ValueError for another."""
+    checkpoint starts a new run. Raises InputError for a file that does not exist or is none."""
     if not config.resume_from:
         return None
     if config.resume_from == "latest":
@@ -120,23 +120,23 @@ def find_checkpoint(config: SummaryTrainingConfig) -> Path | None:
         return found[-1] if found else None
     path = Path(config.resume_from)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; give an adapter_step_N.safetensors, or `latest`")
+        raise InputError(f"no checkpoint {path}; give an adapter_step_N.safetensors, or `latest`")
     if not _STEP.fullmatch(path.name) or not _state_path(path).is_file():
-        raise ValueError(
+        raise InputError(
             f"{path} has no run state beside it; resume from an adapter_step_N.safetensors of a run folder"
         )
     return path
 
 
 def check_same_run(path: Path, config: SummaryTrainingConfig, data_fingerprint: str) -> None:
-    """Raise ValueError, naming each difference, unless `config` and data continue the run that wrote `path`."""
+    """Raise InputError, naming each difference, unless `config` and data continue the run that wrote `path`."""
     saved = load_adapter(path)
     now = config.identity()
     differences = [f"{k} was {v!r}, is {now[k]!r}" for k, v in saved.config.identity().items() if v != now[k]]
     if saved.data_fingerprint != data_fingerprint:
         differences.append(f"the training data were {saved.data_fingerprint}, are {data_fingerprint}")
     if differences:
-        raise ValueError(f"cannot continue {path}: {'; '.join(differences)}. Use the same settings, or start a new run")
+        raise InputError(f"cannot continue {path}: {'; '.join(differences)}. Use the same settings, or start a new run")
 
 
 def _state_path(adapter_path: Path) -> Path:

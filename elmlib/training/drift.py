@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from elmlib.config import InputError
 from elmlib.models.adapter import LinearMap
 from elmlib.training.losses import Predictions
 
@@ -47,12 +48,12 @@ class ReEmbed:
     """
 
     def __init__(self, embedder: "SentenceTransformer", llm_tokenizer: Any):
-        """Raises ValueError where the two tokenizers number their tokens differently."""
+        """Raises InputError where the two tokenizers number their tokens differently."""
         small, large = sorted((embedder.tokenizer, llm_tokenizer), key=len)
         numbers = large.get_vocab()
         different = sum(numbers.get(token) != number for token, number in small.get_vocab().items())
         if different:
-            raise ValueError(
+            raise InputError(
                 f"text_drift_head re_embed needs an embedder with the LLM's tokenizer, but {different} of {len(small)} "
                 f"tokens of {small.name_or_path} have other numbers in {large.name_or_path}; use --drift-head readout"
             )

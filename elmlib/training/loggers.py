@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm.auto import tqdm
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.records import atomic_path, parse_line
 
 
@@ -77,7 +77,7 @@ def _line(row: MetricsRow) -> str:
 
 def read_metrics(path: Path) -> list[MetricsRow]:
     """The rows of a metrics.jsonl; an incomplete last line, of a killed run, is left out. Raises FileNotFoundError for
-    no such file and ValueError for a broken line, naming it."""
+    no such file and InputError for a broken line, naming it."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
@@ -85,7 +85,7 @@ def read_metrics(path: Path) -> list[MetricsRow]:
             named = values if isinstance(values, dict) else {}
             kind, step, epoch = (named.pop(name, None) for name in ("kind", "step", "epoch"))
             if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(epoch, int | float):
-                raise ValueError(f"{path}, line {number}: expected a kind, a step and an epoch, found {line!r:.80}")
+                raise InputError(f"{path}, line {number}: expected a kind, a step and an epoch, found {line!r:.80}")
             rows.append(MetricsRow(kind, step, epoch, named))
     return rows
 

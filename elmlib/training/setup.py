@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset, epoch_batches, load_split, locate_split
 from elmlib.evaluation.bertscore import BASELINE_TEXTS, BERTScoreEvaluator, create_evaluator
 from elmlib.models.adapter import EmbeddingAdapter
@@ -60,7 +60,7 @@ def build_components(
     config: SummaryTrainingConfig, device: torch.device, shard: Callable[[PreTrainedModel], object] | None = None
 ) -> TrainingComponents:
     """Load models and data, compute the closed-form fits, and start the adapter; `shard` as in `load_llm`.
-    Raises FileNotFoundError and ValueError as loading them does."""
+    Raises InputError as loading them does."""
     for name in ("train", "val"):  # before a model is loaded or downloaded: a wrong folder fails at once
         locate_split(config, name)
     model = build_model(config, device, shard=shard)
@@ -74,7 +74,7 @@ def build_components(
     drift_head: DriftHead = DriftReadout(model.table, warm_start.idf, warm_start.to_embedding.map)
     if config.text_drift_head == "re_embed":
         if evaluation_device.type != model.table.device.type:
-            raise ValueError("text_drift_head re_embed trains through the embedder: leave evaluation_device empty")
+            raise InputError("text_drift_head re_embed trains through the embedder: leave evaluation_device empty")
         drift_head = ReEmbed(embedder, model.tokenizer)
     references = [train.records[row].target_text for row in train.subset(BASELINE_TEXTS, config.eval_seed)]
     evaluator = create_evaluator(config, references, evaluation_device)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, load_batches
 from elmlib.data.records import write_json
 from elmlib.models.adapter import BEST, EmbeddingAdapter, save_adapter
@@ -53,7 +53,7 @@ def train(
     `loggers` get every row, as do the progress bar, metrics.jsonl and (with `use_wandb`) Weights & Biases. `stop` is
     called after each evaluation and, in a single process, after each step: a reason ends the run there, saved; empty
     lets it continue. Ctrl-C and Jupyter's stop button do the same; a second one stops at once and saves nothing.
-    Raises UnstableTrainingError, and ValueError or FileNotFoundError for data, models or a checkpoint that do not fit.
+    Raises UnstableTrainingError, and InputError for data, models or a checkpoint that do not fit.
     """
     with _interrupts() as interrupted:
         return _Run(config, loggers, lambda: "interrupted" if interrupted.is_set() else stop()).finish()
@@ -116,7 +116,7 @@ class _Run:
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
         self.total_steps = sum(self.steps_per_epoch)
         if not self.total_steps:
-            raise ValueError(f"{len(self.components.train)} training rows are too few for {self.world} processes")
+            raise InputError(f"{len(self.components.train)} training rows are too few for {self.world} processes")
 
     def finish(self) -> TrainResult:
         """Train to the end and write result.json."""

@@ -11,6 +11,7 @@ from elmlib.config import (
     PRESETS,
     CorpusConfig,
     EvaluateConfig,
+    InputError,
     StudyConfig,
     SummaryTrainingConfig,
     base_config,
@@ -79,7 +80,7 @@ def test_a_preset_gives_each_command_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("max_new_tokens: 99\n")
     base = base_config(study.preset, tmp_path / "more.yaml")
     assert (base.embedding_dim, base.max_new_tokens) == (2560, 99)
-    with pytest.raises(ValueError, match="no preset 'qwen'; there are qwen3-4b"):
+    with pytest.raises(InputError, match="no preset 'qwen'; there are qwen3-4b"):
         preset_settings("qwen", StudyConfig)
     assert read_settings(tmp_path / "more.yaml") == {"max_new_tokens": 99}
 
@@ -115,7 +116,7 @@ def test_one_meaning_of_config_for_the_study_too(tmp_path: Path) -> None:
     config = cli.parse(["study", "--config", str(tmp_path / "study.yaml"), "--jobs", "2"]).config
     assert config == StudyConfig(trials=7, grid=Path("variants.yaml"), preset="qwen3-4b", jobs=2)
     (tmp_path / "bad.yaml").write_text("batch_size: 4\n")
-    with pytest.raises(ValueError, match=r"bad.yaml: unknown setting batch_size"):
+    with pytest.raises(InputError, match=r"bad.yaml: unknown setting batch_size"):
         cli.parse(["study", "--config", str(tmp_path / "bad.yaml")])
 
 
@@ -130,5 +131,5 @@ def test_one_meaning_of_config_for_the_study_too(tmp_path: Path) -> None:
     ],
 )
 def test_make_config_refuses_another_type(values: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         make_config(StudyConfig, values)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elmlib.config import CorpusConfig, SummaryTrainingConfig
+from elmlib.config import CorpusConfig, InputError, SummaryTrainingConfig
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         SummaryTrainingConfig.from_json(path)
     assert "bad.json" in str(caught.value)
 
@@ -51,12 +51,12 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, messa
     ],
 )
 def test_impossible_values_are_refused_by_name(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(values))):
+    with pytest.raises(InputError, match=next(iter(values))):
         SummaryTrainingConfig(**values)
 
 
 def test_corpus_must_leave_something_to_train_on() -> None:
-    with pytest.raises(ValueError, match="leaves nothing to train on"):
+    with pytest.raises(InputError, match="leaves nothing to train on"):
         CorpusConfig(val_fraction=0.5, test_fraction=0.5)
 
 
@@ -88,7 +88,7 @@ def test_from_dict_reads_earlier_names_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="is now called"):
         config = SummaryTrainingConfig.from_dict(old | {"pretrain_epochs": 0, "pretrain_tokens": 32})
     assert (config.soft_token_position, config.warm_start_whitening) == ("in_prompt", False)
-    with pytest.raises(ValueError, match="use_teacher_kl is gone"):
+    with pytest.raises(InputError, match="use_teacher_kl is gone"):
         SummaryTrainingConfig.from_dict({"use_teacher_kl": True})
 
 

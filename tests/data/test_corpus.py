@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from elmlib import cli
-from elmlib.config import CorpusConfig, FilterConfig
+from elmlib.config import CorpusConfig, FilterConfig, InputError
 from elmlib.data import sources
 from elmlib.data.corpus import build_corpus, drop_duplicates, pair_records, split_pairs
 from elmlib.data.filtering import filter_corpus
@@ -271,7 +271,7 @@ def test_a_large_group_goes_to_train():
 @pytest.mark.parametrize(("count", "fraction"), [(0, 0.1), (3, 0.1), (30, 0.0)])
 def test_an_empty_split_is_refused(count: int, fraction: float):
     pairs = [Pair(f"{i}", f"{i}", f"text {i}", (f"summary {i}",)) for i in range(count)]
-    with pytest.raises(ValueError, match=r"no pairs for .*val"):
+    with pytest.raises(InputError, match=r"no pairs for .*val"):
         split_pairs(pairs, CorpusConfig(val_fraction=fraction))
 
 
@@ -448,7 +448,7 @@ def test_a_dataset_on_disk_gives_what_its_jsonl_gives(tmp_path: Path):
         assert [it[1:] for it in found] == [it[1:] for it in expected]
     config = make_config(tmp_path / "out", tmp_path / "plain", limit=30)
     assert build_corpus(config, embed, progress=False).found == 60
-    with pytest.raises(ValueError, match=r"named.*split 'train'.*other"):
+    with pytest.raises(InputError, match=r"named.*split 'train'.*other"):
         dataset_pairs(make_config(tmp_path, tmp_path / "named"))
 
 
@@ -459,7 +459,7 @@ def test_a_folder_of_data_files_is_a_dataset(tmp_path: Path, monkeypatch: pytest
     write_jsonl(folder / "validation.jsonl", [GOOD])
     config = make_config(tmp_path, folder, dataset_split="validation")
     assert dataset_pairs(config) == [Pair("files:00000000", "m", "A text", ("A summary",))]
-    with pytest.raises(ValueError, match=r"files', split 'train': .*validation"):
+    with pytest.raises(InputError, match=r"files', split 'train': .*validation"):
         dataset_pairs(make_config(tmp_path, folder))
 
 
@@ -494,7 +494,7 @@ def test_fields_can_be_named_and_left_out(tmp_path: Path):
 )
 def test_a_malformed_row_is_named(tmp_path: Path, line: Any, message: str):
     path = write_jsonl(tmp_path / "bad.jsonl", [GOOD, line])
-    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+    with pytest.raises(InputError, match=f"bad.jsonl, {message}"):
         build_corpus(make_config(tmp_path, path), embed, progress=False)
     assert not (tmp_path / "synthesis").exists()
 
@@ -508,7 +508,7 @@ def test_jsonl_pairs_ignores_keywords_and_category_of_another_type(tmp_path: Pat
 
 def test_a_malformed_row_of_a_dataset_is_named(tmp_path: Path):
     datasets.Dataset.from_list([GOOD, GOOD | {"text": ""}]).save_to_disk(tmp_path / "rows")
-    with pytest.raises(ValueError, match="rows, row 1: field 'text' is ''"):
+    with pytest.raises(InputError, match="rows, row 1: field 'text' is ''"):
         dataset_pairs(make_config(tmp_path, tmp_path / "rows"))
 
 
@@ -519,12 +519,12 @@ def test_a_malformed_row_of_a_dataset_is_named(tmp_path: Path):
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"bad.jsonl.*{message}"):
+    with pytest.raises(InputError, match=f"bad.jsonl.*{message}"):
         build_corpus(make_config(tmp_path, path), embed, progress=False)
 
 
 def test_an_absent_file_is_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
         build_corpus(make_config(tmp_path, tmp_path / "none.jsonl"), embed, progress=False)
 
 
@@ -533,22 +533,20 @@ def test_a_hub_out_of_reach_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        FileNotFoundError, match=r"dataset 'some/news' cannot be read: .*reach.*save_to_disk\('folder'\)"
-    ):
+    with pytest.raises(InputError, match=r"dataset 'some/news' cannot be read: .*reach.*save_to_disk\('folder'\)"):
         dataset_pairs(make_config(tmp_path, "some/news"))
 
 
 def test_a_folder_without_data_is_named(tmp_path: Path):
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(FileNotFoundError, match="hollow"):
+    with pytest.raises(InputError, match="hollow"):
         dataset_pairs(make_config(tmp_path, tmp_path / "hollow"))
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN"), (0.0, "all zero")])
 def test_bad_vectors_are_refused(tmp_path: Path, value: float, message: str):
     config = make_config(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         build_corpus(config, lambda texts: np.full((len(texts), DIM), value, np.float32), progress=False)
     assert not list(config.output_embeddings_dir.glob("*.safetensors"))
 
@@ -557,7 +555,7 @@ def test_vectors_of_another_size_are_not_mixed(tmp_path: Path):
     config = make_config(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(config, Watched(fail_at=1), progress=False)
-    with pytest.raises(ValueError, match="rows of another size than 3"):
+    with pytest.raises(InputError, match="rows of another size than 3"):
         build_corpus(config, lambda texts: np.ones((len(texts), 3), np.float32), progress=False)
 
 
@@ -604,5 +602,5 @@ def test_a_dataset_script_is_named(tmp_path: Path):
     folder = tmp_path / "scripted"
     folder.mkdir()
     (folder / "scripted.py").write_text("")
-    with pytest.raises((ValueError, FileNotFoundError), match="scripted"):
+    with pytest.raises(InputError, match="scripted"):
         dataset_pairs(make_config(tmp_path, folder))

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, PromptBatch, SummaryDataset, epoch_batches, load_batches, load_split
 from elmlib.data.prompts import IGNORE_INDEX, TASK_TEMPLATES, PromptIds, prompt_ids
 from elmlib.data.records import EmbeddingFile, Record, read_records
@@ -110,7 +110,7 @@ def test_the_fingerprint_tells_data_apart(tokenizer, tmp_path):
 def test_a_vector_that_is_not_finite_or_zero_is_refused_by_its_row(tokenizer, tmp_path, value):
     vectors = VECTORS.clone()
     vectors[2] = value
-    with pytest.raises(ValueError, match=r"train_embeddings.safetensors: row 2 is"):
+    with pytest.raises(InputError, match=r"train_embeddings.safetensors: row 2 is"):
         load_split(write(tmp_path, [record(0, "One."), record(2, "Two.")], vectors), "train", tokenizer)
     load_split(write(tmp_path, [record(0, "One.")], vectors), "train", tokenizer)  # no record points to it
 
@@ -145,19 +145,19 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tokenizer, tmp_path):
         ]
         assert torch.equal(split.vectors(range(len(split))), VECTORS[kept])
         assert split.too_long == 4 - len(kept)
-    with pytest.raises(ValueError, match=r"train_synthesis\.jsonl: all 4 rows exceed max_seq_length 8"):
+    with pytest.raises(InputError, match=r"train_synthesis\.jsonl: all 4 rows exceed max_seq_length 8"):
         load_split(dataclasses.replace(config, max_seq_length=8), "train", tokenizer)
 
 
 def test_vectors_of_another_size_are_refused(tiny_config, tokenizer):
-    with pytest.raises(ValueError, match=r"train_embeddings\.safetensors holds vectors of size 384.* 2560"):
+    with pytest.raises(InputError, match=r"train_embeddings\.safetensors holds vectors of size 384.* 2560"):
         load_split(dataclasses.replace(tiny_config, embedding_dim=2560), "train", tokenizer)
 
 
 def test_another_task_is_refused_unless_asked_for(tokenizer, tmp_path):
     other = record(1, "word", task_type="keywords", input_prompt_template=TASK_TEMPLATES["keywords"])
     config = write(tmp_path, [record(0, "One."), other])
-    with pytest.raises(ValueError, match=r"train_synthesis\.jsonl holds a record of task 'keywords'"):
+    with pytest.raises(InputError, match=r"train_synthesis\.jsonl holds a record of task 'keywords'"):
         load_split(config, "train", tokenizer)
     split = load_split(dataclasses.replace(config, summary_only=False), "train", tokenizer)
     assert split.prompts == [prompt_ids(tokenizer, TASK_TEMPLATES[task]) for task in ("summary", "keywords")]
@@ -165,17 +165,17 @@ def test_another_task_is_refused_unless_asked_for(tokenizer, tmp_path):
 
 def test_missing_files_are_named(tokenizer, tmp_path):
     config = write(tmp_path, [record(0, "One.")])
-    with pytest.raises(FileNotFoundError, match=r"test_synthesis\.jsonl"):
+    with pytest.raises(InputError, match=r"test_synthesis\.jsonl"):
         load_split(config, "test", tokenizer)
     (tmp_path / "train_embeddings.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_embeddings\.safetensors"):
+    with pytest.raises(InputError, match=r"train_embeddings\.safetensors"):
         load_split(config, "train", tokenizer)
 
 
 def test_a_bad_record_is_named_by_its_line(tokenizer, tmp_path):
     for bad in (record(5, "Beyond the last row."), record(1, " "), record(1, "x", input_prompt_template="No slot.")):
         config = write(tmp_path, [record(0, "One."), bad])
-        with pytest.raises(ValueError, match=r"train_synthesis\.jsonl, line 2"):
+        with pytest.raises(InputError, match=r"train_synthesis\.jsonl, line 2"):
             load_split(config, "train", tokenizer)
 
 

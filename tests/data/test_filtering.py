@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from elmlib.config import FilterConfig
+from elmlib.config import FilterConfig, InputError
 from elmlib.data import filtering
 from elmlib.data.filtering import FilterReport, filter_corpus
 from elmlib.data.prompts import TASK_TEMPLATES
@@ -297,7 +297,7 @@ BAD_FILES = {
 def test_a_bad_record_stops_with_file_and_line_or_is_set_aside(config: FilterConfig, case: str) -> None:
     make_bad, number, reason = BAD_RECORDS[case]
     make_bad(config)
-    with pytest.raises(ValueError, match=rf"val_synthesis.jsonl, line {number}: .*{reason}"):
+    with pytest.raises(InputError, match=rf"val_synthesis.jsonl, line {number}: .*{reason}"):
         run(config)
     assert not config.output_dir.parent.exists()
 
@@ -331,7 +331,7 @@ def test_a_bad_record_stops_with_file_and_line_or_is_set_aside(config: FilterCon
 def test_a_bad_file_stops_and_leaves_no_output(config: FilterConfig, case: str, skip_bad: bool) -> None:
     make_bad, reason = BAD_FILES[case]
     make_bad(config)
-    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+    with pytest.raises(InputError, match=reason):
         run(replaced(config, skip_bad=skip_bad))
     assert not config.output_dir.parent.exists()
 
@@ -343,7 +343,7 @@ def test_a_failure_leaves_an_earlier_output_as_it_was(
     run(config)
     earlier = output(config)
     make_bad(config)
-    with pytest.raises(ValueError, match="val_"):
+    with pytest.raises(InputError, match="val_"):
         run(config)
     assert output(config) == earlier
 
@@ -377,7 +377,7 @@ def test_rejected_records_of_an_earlier_run_go(config: FilterConfig) -> None:
 
 def test_a_split_of_bad_records_stops_even_when_they_are_skipped(config: FilterConfig) -> None:
     lines_path(config, "test").write_bytes(b"{}\n{}\n")
-    with pytest.raises(ValueError, match=r"no record of task 'summary', but no good record \(rejected: 2\)"):
+    with pytest.raises(InputError, match=r"no record of task 'summary', but no good record \(rejected: 2\)"):
         run(replaced(config, skip_bad=True))
 
 
@@ -394,7 +394,7 @@ def test_the_input_is_never_overwritten(config: FilterConfig) -> None:
         {"output_dir": config.input_dir},
         {"output_embeddings_dir": config.input_dir / ".." / "embeddings"},
     ):
-        with pytest.raises(ValueError, match="holds the input"):
+        with pytest.raises(InputError, match="holds the input"):
             run(replaced(config, **changes))
 
 
@@ -438,7 +438,7 @@ def test_leaks_between_splits_stop_or_warn(
     message: str,
 ) -> None:
     leak(config)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         run(config)
     assert not config.output_dir.parent.exists()
     with pytest.warns(UserWarning, match=message):
@@ -467,7 +467,7 @@ def test_records_without_a_source_leak_by_vector_alone(config: FilterConfig) -> 
         write_lines(lines_path(config, split), records)
     assert not run(config).leaks
     leak_vectors(config)
-    with pytest.raises(ValueError, match="vector in both train and test: 1"):
+    with pytest.raises(InputError, match="vector in both train and test: 1"):
         run(config)
 
 

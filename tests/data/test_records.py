@@ -12,6 +12,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from elmlib.config import InputError
 from elmlib.data.records import (
     EmbeddingFile,
     Record,
@@ -84,17 +85,17 @@ def test_bad_embedding_files_are_refused_by_name(tmp_path: Path, case: str) -> N
     content, reason = BAD_EMBEDDINGS[case]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=reason) as caught:
+    with pytest.raises(InputError, match=reason) as caught:
         EmbeddingFile(path)
     assert str(path) in str(caught.value)
 
 
 def test_embedding_files_that_are_missing_or_hold_two_tensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.safetensors does not exist"):
+    with pytest.raises(InputError, match=r"none.safetensors does not exist"):
         EmbeddingFile(tmp_path / "none.safetensors")
     tensor = np.ones((2, 3), np.float32)
     safetensors.numpy.save_file({"embeddings": tensor, "more": tensor}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match=r"two.safetensors holds the tensors \['embeddings', 'more'\]"):
+    with pytest.raises(InputError, match=r"two.safetensors holds the tensors \['embeddings', 'more'\]"):
         EmbeddingFile(tmp_path / "two.safetensors")
 
 
@@ -120,7 +121,7 @@ def test_bad_rows_are_refused_by_number(value: float, reason: str) -> None:
     rows = np.ones((4, 3), np.float32)
     check_rows(rows, range(len(rows)))
     rows[2] = value
-    with pytest.raises(ValueError, match=f"row 12 is .*{reason}"):
+    with pytest.raises(InputError, match=f"row 12 is .*{reason}"):
         check_rows(rows, range(10, 10 + len(rows)))
 
 
@@ -139,20 +140,20 @@ def test_to_line_is_read_back_by_parse_record() -> None:
 def test_parse_record_takes_null_as_absent() -> None:
     record = parse(VALUES | {"source_id": None, "source_text": None})
     assert (record.source_id, record.source_text) == ("", "")
-    with pytest.raises(ValueError, match="missing required field `top_p`"):
+    with pytest.raises(InputError, match="missing required field `top_p`"):
         parse(VALUES | {"top_p": None})
 
 
 @pytest.mark.parametrize("name", [name for name in VALUES if not name.startswith("source")])
 def test_parse_record_names_a_missing_field(name: str) -> None:
-    with pytest.raises(ValueError, match=f"missing required field `{name}`"):
+    with pytest.raises(InputError, match=f"missing required field `{name}`"):
         parse({key: value for key, value in VALUES.items() if key != name})
 
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("value", [True, [], {}])
 def test_parse_record_names_field_and_expected_type(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"Expected .*, got .* - at `\$\.{name}`"):
+    with pytest.raises(InputError, match=rf"Expected .*, got .* - at `\$\.{name}`"):
         parse(VALUES | {name: value})
 
 
@@ -170,19 +171,19 @@ def test_parse_record_names_field_and_expected_type(name: str, value: Any) -> No
     ],
 )
 def test_parse_record_refuses_a_bad_value(change: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(InputError, match=reason):
         parse(VALUES | change, num_rows=3)
 
 
 @pytest.mark.parametrize("values", [[], "text", 1, None])
 def test_parse_record_refuses_what_is_no_object(values: Any) -> None:
-    with pytest.raises(ValueError, match="Expected `object`"):
+    with pytest.raises(InputError, match="Expected `object`"):
         parse(values)
 
 
 def test_parse_record_refuses_bytes_of_an_unknown_field_that_are_not_utf8() -> None:
     line = json.dumps(VALUES | {"more": "x"}).encode().replace(b'"x"', b'"\xff"')
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not UTF-8"):
         parse_record(line, 1)
 
 
@@ -195,9 +196,9 @@ def test_bom_crlf_and_blank_lines_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
 def test_files_without_a_line_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+    with pytest.raises(InputError, match=r"empty.jsonl is empty"):
         list(read_lines(tmp_path / "empty.jsonl"))
-    with pytest.raises(FileNotFoundError, match=r"none.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"none.jsonl does not exist"):
         list(read_lines(tmp_path / "none.jsonl"))
 
 
@@ -211,7 +212,7 @@ def test_files_without_a_line_are_refused(tmp_path: Path, content: bytes) -> Non
     ],
 )
 def test_broken_lines_say_what_is_broken(line: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"here: {reason}"):
+    with pytest.raises(InputError, match=f"here: {reason}"):
         parse_line(line, "here")
 
 
@@ -219,13 +220,13 @@ def test_read_records_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_bytes(RECORD.to_line() + json.dumps(VALUES | {"more": 1, "embedding_index": 1}).encode())
     assert [record.embedding_index for record in read_records(path, num_rows=2)] == [0, 1]
-    with pytest.raises(ValueError, match=r"records.jsonl, line 2: embedding_index 1 is outside"):
+    with pytest.raises(InputError, match=r"records.jsonl, line 2: embedding_index 1 is outside"):
         list(read_records(path, num_rows=1))
 
 
 @pytest.mark.parametrize("folders", [("synthesis", "embeddings"), (".", "."), (".", "embeddings")])
 def test_find_split_knows_both_layouts(tmp_path: Path, folders: tuple[str, str]) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no val_synthesis.jsonl: looked at"):
+    with pytest.raises(InputError, match=r"no val_synthesis.jsonl: looked at"):
         find_split(tmp_path, "val")
     expected = (
         tmp_path / folders[0] / "val_synthesis.jsonl",

@@ -10,7 +10,7 @@ from conftest import save_deberta
 from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaConfig, RobertaModel
 
-from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
+from elmlib.config import OFFLINE_EMBEDDER, InputError, SummaryTrainingConfig
 from elmlib.evaluation import bertscore
 from elmlib.evaluation.bertscore import BERTScoreEvaluator, create_evaluator
 from elmlib.evaluation.metrics import objective, quality_metrics
@@ -112,17 +112,17 @@ def test_a_random_pair_scores_far_below_a_match(evaluator):
 
 
 def test_bad_pairs_are_refused(evaluator):
-    with pytest.raises(ValueError, match="2 predictions, 1 references"):
+    with pytest.raises(InputError, match="2 predictions, 1 references"):
         evaluator.evaluate_batch(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="at least one pair"):
+    with pytest.raises(InputError, match="at least one pair"):
         evaluator.evaluate_batch([], [])
-    with pytest.raises(ValueError, match="reference 1 is empty"):
+    with pytest.raises(InputError, match="reference 1 is empty"):
         evaluator.evaluate_batch(["a", "b"], ["a", "  "])
-    with pytest.raises(ValueError, match=r"reference 1 is .*no token"):
+    with pytest.raises(InputError, match=r"reference 1 is .*no token"):
         evaluator.evaluate_batch(["a", "b"], ["a", "\u200b"])
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(InputError, match="batch_size is 0"):
         BERTScoreEvaluator(batch_size=0)
-    with pytest.raises(ValueError, match="1 different baseline_texts"):
+    with pytest.raises(InputError, match="1 different baseline_texts"):
         BERTScoreEvaluator(baseline_texts=["a", "a"])
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from elmlib.config import InputError
 from elmlib.evaluation.bertscore import BERTScoreEvaluator
 from elmlib.evaluation.metrics import (
     Identification,
@@ -73,7 +74,7 @@ def test_swap_sources_of_several_rows():
 
 
 def test_one_source_cannot_be_shuffled():
-    with pytest.raises(ValueError, match="1 source"):
+    with pytest.raises(InputError, match="1 source"):
         swap_sources(["a", "a"], seed=0)
 
 
@@ -96,9 +97,9 @@ def test_score_texts_of_a_model_with_a_baseline_has_rescaled_controls():
 
 
 def test_score_texts_refuses_what_cannot_be_scored_or_shuffled(evaluator):
-    with pytest.raises(ValueError, match="2 predictions, 1 references"):
+    with pytest.raises(InputError, match="2 predictions, 1 references"):
         score_texts(evaluator, ["x", "y"], REFERENCES[:1], ["a", "b"], seed=0)
-    with pytest.raises(ValueError, match="1 source"):
+    with pytest.raises(InputError, match="1 source"):
         score_texts(evaluator, ["x", "y"], REFERENCES[:2], ["a", "a"], seed=0)
 
 
@@ -146,9 +147,9 @@ def test_score_summaries_of_nothing_but_empty_texts(evaluator):
 
 
 def test_score_summaries_refuses_sizes_that_differ(evaluator):
-    with pytest.raises(ValueError, match="2 predictions, 3 embeddings, 2 sources"):
+    with pytest.raises(InputError, match="2 predictions, 3 embeddings, 2 sources"):
         score_summaries(evaluator, None, ["x", "y"], REFERENCES[:2], np.eye(3), ["a", "b"], seed=0)
-    with pytest.raises(ValueError, match="the embeddings have 2 columns"):
+    with pytest.raises(InputError, match="the embeddings have 2 columns"):
         score_summaries(
             evaluator, lambda texts: np.eye(2, 3), ["x", "y"], REFERENCES[:2], np.eye(2), ["a", "b"], seed=0
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluation.test_metrics import naive_ranks
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset
 from elmlib.data.prompts import PromptIds
 from elmlib.data.records import Record
@@ -184,7 +184,7 @@ def test_adapters_stand_beside_each_other_as_they_stand_alone(
         assert card.frame.bertscore_f1[name] == alone.frame.bertscore_f1[TRUE]
     elsewhere = replace(small, soft_token_position="in_prompt", checkpoint_dir=str(tmp_path / "elsewhere"))
     files["third"] = train(elsewhere).best
-    with pytest.raises(ValueError, match=r"elsewhere.*has soft_token_position 'in_prompt', .* 'before_answer'"):
+    with pytest.raises(InputError, match=r"elsewhere.*has soft_token_position 'in_prompt', .* 'before_answer'"):
         score_adapters(files, data, "test", 0, CPU)
 
 
@@ -228,12 +228,12 @@ def test_examples_frame_has_the_best_the_median_and_the_worst(
 def test_examples_frame_refuses_a_file_without_scores_or_too_short(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(example(0, 0.5)) + "\n" + json.dumps({"source_id": "x", "prediction": "y"}) + "\n")
-    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 2 has no 'bertscore_f1'"):
+    with pytest.raises(InputError, match=r"predictions\.jsonl, line 2 has no 'bertscore_f1'"):
         examples_frame(path)
     path.write_text((json.dumps(example(0, 0.5)) + "\n") * 2)
-    with pytest.raises(ValueError, match="2 lines; best, median and worst need at least 3"):
+    with pytest.raises(InputError, match="2 lines; best, median and worst need at least 3"):
         examples_frame(path)
-    with pytest.raises(ValueError, match="count is 0"):
+    with pytest.raises(InputError, match="count is 0"):
         examples_frame(path, 0)
 
 
@@ -243,7 +243,7 @@ def test_score_checkpoint_refuses_a_wrong_folder_before_it_looks_for_the_llm(
     adapter = EmbeddingAdapter(384, 32, 8, 32, 0.0, 0.1)
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, adapter, replace(tiny_config, llm_model_name=str(tmp_path / "no-llm")), 1, "")
-    with pytest.raises(FileNotFoundError, match="no-data"):
+    with pytest.raises(InputError, match="no-data"):
         score_checkpoint(path, str(tmp_path / "no-data"), "test", 0, None, CPU)
 
 
@@ -253,5 +253,5 @@ def test_score_checkpoint_takes_the_best_adapter_of_a_folder(
 ) -> None:
     config = replace(tiny_config, llm_model_name=str(tmp_path / "no-llm"))
     save_adapter(tmp_path / "best_summary_model.safetensors", EmbeddingAdapter(384, 32, 8, 32, 0.0, 0.1), config, 1, "")
-    with pytest.raises(FileNotFoundError, match="no-data"):  # so it has read the adapter
+    with pytest.raises(InputError, match="no-data"):  # so it has read the adapter
         score_checkpoint(tmp_path, str(tmp_path / "no-data"), "test", 0, None, CPU)

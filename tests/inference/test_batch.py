@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elmlib.config import InputError
 from elmlib.data import EmbeddingFile, PromptBatch, find_split, write_embeddings
 from elmlib.inference.batch import generate_file, read_pairs
 from elmlib.models import Sampling, SoftTokenModel, elm
@@ -42,7 +43,7 @@ def test_generate_file_does_not_touch_an_output_of_another_decoding(
     output = tmp_path / "out.jsonl"
     generate_file(adapter, records, output)
     before = output.read_bytes()
-    with pytest.raises(ValueError, match="remove it or name another"):
+    with pytest.raises(InputError, match="remove it or name another"):
         generate_file(adapter, records, output, max_new_tokens=3)
     assert output.read_bytes() == before
 
@@ -83,7 +84,7 @@ def test_generate_file_adds_the_best_candidate_to_the_greedy_prediction(
     assert predictions(greedy) == predictions(drawn)
     best = [json.loads(line)["best_candidate"] for line in drawn.read_text().splitlines()]
     assert best != predictions(greedy)
-    with pytest.raises(ValueError, match="remove it or name another"):
+    with pytest.raises(InputError, match="remove it or name another"):
         generate_file(adapter, records, drawn, batch_size=8)
 
 
@@ -93,7 +94,7 @@ def test_generate_file_refuses_another_size_before_the_llm_is_loaded(
     monkeypatch.setattr(elm, "load_llm", lambda *_: pytest.fail("the LLM was loaded"))
     path = tmp_path / "wide_embeddings.safetensors"
     write_embeddings(path, (2, 8), [np.ones((2, 8), np.float32).tobytes()])
-    with pytest.raises(ValueError, match=r"vectors of size 8; .* reads 384"):
+    with pytest.raises(InputError, match=r"vectors of size 8; .* reads 384"):
         generate_file(adapter, path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -116,16 +117,16 @@ def test_read_pairs_checks_each_line(records: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(read_pairs(path, records).predictions) == 24
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    with pytest.raises(ValueError, match="has 23 lines"):
+    with pytest.raises(InputError, match="has 23 lines"):
         read_pairs(path, records)
     path.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
-    with pytest.raises(ValueError, match="line 1: made from embedding 23"):
+    with pytest.raises(InputError, match="line 1: made from embedding 23"):
         read_pairs(path, records)
     path.write_text("".join(json.dumps({"embedding_index": i}) + "\n" for i in range(24)))
-    with pytest.raises(ValueError, match="line 1 has no 'prediction'"):
+    with pytest.raises(InputError, match="line 1 has no 'prediction'"):
         read_pairs(path, records)
     path.write_text("".join(json.dumps(line | {"prediction": None}) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="line 1: the prediction is None, not a text"):
+    with pytest.raises(InputError, match="line 1: the prediction is None, not a text"):
         read_pairs(path, records)
 
 
@@ -141,7 +142,7 @@ def test_generate_file_refuses_an_output_of_other_files_of_the_same_name(
     records, vectors = tmp_path / "b" / split.records.name, tmp_path / "b" / split.embeddings.name
     records.write_bytes((other if changed == "records" else split).records.read_bytes())
     vectors.write_bytes((other if changed == "embeddings" else split).embeddings.read_bytes())
-    with pytest.raises(ValueError, match=f"was made from .*'{changed}': .*, not from .*remove it or name another"):
+    with pytest.raises(InputError, match=f"was made from .*'{changed}': .*, not from .*remove it or name another"):
         generate_file(adapter, records, output, max_new_tokens=2)
     assert output.read_bytes() == before
 
@@ -166,7 +167,7 @@ def test_generate_file_refuses_bad_rows_before_anything_is_written(
     path, output = tmp_path / "test_embeddings.safetensors", tmp_path / "out.jsonl"
     write_embeddings(path, rows.shape, [rows.tobytes()])
     for source, embeddings in ((path, None), (records, path)):
-        with pytest.raises(ValueError, match=rf"test_embeddings\.safetensors: row 17 is {reason}"):
+        with pytest.raises(InputError, match=rf"test_embeddings\.safetensors: row 17 is {reason}"):
             generate_file(adapter, source, output, embeddings)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -185,7 +186,7 @@ def test_generate_file_refuses_vectors_of_another_embedder(adapter: Path, tmp_pa
     path = tmp_path / "v.safetensors"
     rows = np.ones((2, 384), np.float32)
     write_embeddings(path, rows.shape, [rows.tobytes()], metadata={"embedding_model": "other/model"})
-    with pytest.raises(ValueError, match=r"vectors of other/model; .* reads vectors of all-minilm"):
+    with pytest.raises(InputError, match=r"vectors of other/model; .* reads vectors of all-minilm"):
         generate_file(adapter, path, tmp_path / "out.jsonl")
 
 

@@ -15,6 +15,7 @@ from conftest import sentences, write_split
 from safetensors.numpy import save_file
 from sentence_transformers.util import cos_sim
 
+from elmlib.config import InputError
 from elmlib.inference.explore import (
     BEAMS,
     BEST_OF,
@@ -62,7 +63,7 @@ def test_add_direction_follows_it_and_keeps_the_length() -> None:
 def test_mean_vector_is_between_all_at_their_mean_length() -> None:
     found = mean_vector(np.stack([A, B]))
     np.testing.assert_allclose(found, interpolate(A, B, 0.5), rtol=1e-6)
-    with pytest.raises(ValueError, match="no vectors to average"):
+    with pytest.raises(InputError, match="no vectors to average"):
         mean_vector(np.zeros((0, 3), np.float32))
 
 
@@ -77,20 +78,20 @@ def test_read_vector_reads_files_and_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_vector(" [3.0, 4, 5e0] "), rows[1])
     np.testing.assert_array_equal(read_vector(f" {tmp_path / 'v.npy'} ", 1), rows[1])
     np.testing.assert_array_equal(read_vector("[-3.0, 4, 5e0]"), [-3, 4, 5])
-    with pytest.raises(ValueError, match="has 2 vectors; there is no row 2"):
+    with pytest.raises(InputError, match="has 2 vectors; there is no row 2"):
         read_vector(tmp_path / "v.npy", 2)
-    with pytest.raises(ValueError, match="is no vector: could not convert"):
+    with pytest.raises(InputError, match="is no vector: could not convert"):
         read_vector("1, two")
     (tmp_path / "words.txt").write_text("one, two")
-    with pytest.raises(ValueError, match=r"words\.txt is no vector: could not convert"):
+    with pytest.raises(InputError, match=r"words\.txt is no vector: could not convert"):
         read_vector(tmp_path / "words.txt")
-    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.npy"):
+    with pytest.raises(InputError, match=r"no file .*nowhere\.npy"):
         read_vector(tmp_path / "nowhere.npy")
 
 
 def test_newest_run_is_the_last_saved(tmp_path: Path) -> None:
     runs = {str(tmp_path / name): f"data of {name}" for name in ("old", "new", "empty")}
-    with pytest.raises(FileNotFoundError, match=r"no best_summary_model.* or .*empty; train one: `make demo`"):
+    with pytest.raises(InputError, match=r"no best_summary_model.* or .*empty; train one: `make demo`"):
         newest_run(runs)
     for run in runs:
         Path(run).mkdir()

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elmlib import Elm
-from elmlib.config import OFFLINE_EMBEDDER
+from elmlib.config import OFFLINE_EMBEDDER, InputError
 from elmlib.models import Sampling
 
 TEXTS = ["Each day the parser opens the file and then it rests until noon.", "The garden sorts two keys."]
@@ -86,9 +86,9 @@ def test_push_to_hub_is_private_by_default(elm: Elm, monkeypatch: pytest.MonkeyP
 def test_from_pretrained_refuses_another_llm_embedder_or_size(
     elm: Elm, run: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=rf"LLM .*{tiny_llm.name}; smollm2-135m-instruct is another"):
+    with pytest.raises(InputError, match=rf"LLM .*{tiny_llm.name}; smollm2-135m-instruct is another"):
         Elm.from_pretrained(run, llm_model="smollm2-135m-instruct")
-    with pytest.raises(ValueError, match=rf"embedder {OFFLINE_EMBEDDER}; Qwen/Qwen3-Embedding-4B is another"):
+    with pytest.raises(InputError, match=rf"embedder {OFFLINE_EMBEDDER}; Qwen/Qwen3-Embedding-4B is another"):
         Elm.from_pretrained(run, embedding_model="Qwen/Qwen3-Embedding-4B")
     tokenizer = make_tokenizer()
     other = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -96,9 +96,9 @@ def test_from_pretrained_refuses_another_llm_embedder_or_size(
     folder = tmp_path / "elsewhere" / tiny_llm.name
     LlamaForCausalLM(other).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"token embeddings of size 16; .* writes 32"):
+    with pytest.raises(InputError, match=r"token embeddings of size 16; .* writes 32"):
         Elm.from_pretrained(run, llm_model=str(folder))
-    with pytest.raises(ValueError, match=rf"shape \(1, 8\); this adapter reads \(n, 384\), of {OFFLINE_EMBEDDER}"):
+    with pytest.raises(InputError, match=rf"shape \(1, 8\); this adapter reads \(n, 384\), of {OFFLINE_EMBEDDER}"):
         elm.summarize(np.zeros((1, 8), np.float32))
 
 
@@ -109,17 +109,17 @@ def test_embed_refuses_another_version_of_a_wheel(elm: Elm, tiny_llm: Path, tmp_
     about.write_text(json.dumps(values | {"embedding_revision": "0.0.1"}))
     elm = Elm.from_pretrained(tmp_path / "saved", llm_model=str(tiny_llm))
     with pytest.raises(
-        ValueError, match=rf"{OFFLINE_EMBEDDER} is installed as {values['embedding_revision']}; .* 0\.0\.1"
+        InputError, match=rf"{OFFLINE_EMBEDDER} is installed as {values['embedding_revision']}; .* 0\.0\.1"
     ):
         elm.embed(TEXTS)
 
 
 def test_from_pretrained_names_what_is_no_adapter(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"best_summary_model\.safetensors does not exist"):
+    with pytest.raises(InputError, match=r"best_summary_model\.safetensors does not exist"):
         Elm.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no adapter 'papermill_runs/never-run': there is no such folder"):
+    with pytest.raises(InputError, match=r"no adapter 'papermill_runs/never-run': there is no such folder"):
         Elm.from_pretrained("papermill_runs/never-run", local_files_only=True)
-    with pytest.raises(FileNotFoundError, match="no adapter '/no/such/folder'"):
+    with pytest.raises(InputError, match="no adapter '/no/such/folder'"):
         Elm.from_pretrained("/no/such/folder")
     assert Elm.from_pretrained(run / "best_summary_model.safetensors").metrics
     shutil.copy(run / "best_summary_model.safetensors", tmp_path / "alone.safetensors")
@@ -143,5 +143,5 @@ def test_summarize_reads_bfloat16_tensors_with_candidates(elm: Elm) -> None:
 def test_summarize_refuses_a_bad_row_with_its_number(elm: Elm, value: float, reason: str) -> None:
     vectors = np.ones((70, 384), np.float32)
     vectors[66] = value
-    with pytest.raises(ValueError, match=f"row 66 is {reason}"):
+    with pytest.raises(InputError, match=f"row 66 is {reason}"):
         elm.summarize(vectors, sampling=Sampling(count=2))

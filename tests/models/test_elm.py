@@ -8,6 +8,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from elmlib.config import InputError
 from elmlib.data.dataset import load_split
 from elmlib.data.prompts import IGNORE_INDEX, SLOT, TASK_TEMPLATES, prompt_ids
 from elmlib.models.adapter import make_adapter
@@ -349,13 +350,13 @@ def test_a_tokenizer_that_adds_bos_adds_none_to_the_pieces(tiny_llm, tokenizer, 
 def test_a_tokenizer_without_chat_template_is_refused(tiny_llm):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template; use an instruct model"):
+    with pytest.raises(InputError, match="no chat template; use an instruct model"):
         prompt_ids(tokenizer, TEMPLATE)
 
 
 @pytest.mark.parametrize("template", ["Summarize.", "", "{text} and {text}"])
 def test_a_template_without_one_slot_is_refused(tokenizer, template):
-    with pytest.raises(ValueError, match="expected once"):
+    with pytest.raises(InputError, match="expected once"):
         prompt_ids(tokenizer, template)
 
 
@@ -367,5 +368,5 @@ def test_a_cache_that_was_not_filled_is_refused(tiny_config, batch):
     llm.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {name: it for name, it in kwargs.items() if name != "cache"}), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="transformers"):
+    with pytest.raises(InputError, match="transformers"):
         model(batch)

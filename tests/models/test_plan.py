@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, PlanConfig
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError, PlanConfig
 from elmlib.models.plan import GIB, SHAPES, Shape, plan_step, plan_training, read_shape
 
 SMALL = PlanConfig()
@@ -90,7 +90,7 @@ def test_plan_refuses_models_that_the_formula_does_not_describe(tmp_path: Path) 
         ({"model_type": "gpt2", "n_embd": 8}, "no hidden_size, intermediate_size, num_hidden_layers"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             plan_training(replace(SMALL, llm_model_name=str(tmp_path)))
 
 

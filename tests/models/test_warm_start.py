@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils import _pytree
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import load_split
 from elmlib.models import warm_start
 from elmlib.models.pretrained import load_llm
@@ -113,7 +113,7 @@ def test_noise_is_shrunk_more_than_signal():
 
 
 def test_no_rows_are_an_error():
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(InputError, match="no rows"):
         NormalEquations([])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from elmlib.config import InputError
 from elmlib.plots.report import draw_report, plot_ranks, plot_similarity, ranks_info, similarity_info
 
 
@@ -61,13 +62,13 @@ def test_ranks_info_puts_every_rank_into_one_bin(tmp_path: Path, total: int) -> 
 
 
 def test_ranks_info_refuses_impossible_ranks(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"predictions\.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"predictions\.jsonl does not exist"):
         ranks_info(tmp_path)
     write(tmp_path, [{"source_id": "a", "embedding_index": 0, "rank": 3}])
-    with pytest.raises(ValueError, match="ranks from 3 to 3 among 1 sources"):
+    with pytest.raises(InputError, match="ranks from 3 to 3 among 1 sources"):
         ranks_info(tmp_path)
     write(tmp_path, [{"source_id": "a", "embedding_index": 0}])
-    with pytest.raises(ValueError, match="line 1 has no 'rank'"):
+    with pytest.raises(InputError, match="line 1 has no 'rank'"):
         ranks_info(tmp_path)
 
 
@@ -88,7 +89,7 @@ def test_similarity_info_reads_the_name_of_earlier_versions(run: Path) -> None:
     path.write_text(path.read_text().replace("predicted_similarity", "training_similarity"))
     assert similarity_info(run).equals(new)
     write(run, [{"drift_similarity": 0.5}])
-    with pytest.raises(ValueError, match="line 1 has no 'predicted_similarity'"):
+    with pytest.raises(InputError, match="line 1 has no 'predicted_similarity'"):
         similarity_info(run)
 
 
@@ -114,7 +115,7 @@ def test_draw_report_shows_every_mean_with_its_interval(card: Path) -> None:
 
 def test_draw_report_refuses_another_table(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("system,f1\nx,1\n")
-    with pytest.raises(ValueError, match=r"other\.csv has no column 'bertscore_f1'"):
+    with pytest.raises(InputError, match=r"other\.csv has no column 'bertscore_f1'"):
         draw_report(tmp_path / "other.csv")
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from elmlib.config import InputError
 from elmlib.plots.study import draw_study, draw_variants, plot_drift, plot_reports
 
 
@@ -53,7 +54,7 @@ def test_plot_drift_has_a_dot_and_a_control_a_trial(study: optuna.Study) -> None
 def test_draw_study_has_all_plots_and_refuses_a_study_without_a_complete_trial(study: optuna.Study) -> None:
     figures = draw_study(study)
     assert set(figures) == {"reports", "drift", "history", "importance", "parallel", "slice", "contour"}
-    with pytest.raises(ValueError, match="no complete trial"):
+    with pytest.raises(InputError, match="no complete trial"):
         draw_study(optuna.create_study())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.config import InputError, StudyConfig, SummaryTrainingConfig
 from elmlib.study.search_space import (
     GUIDE_BEST,
     GUIDE_SPACE,
@@ -91,15 +91,15 @@ def test_load_space_reads_yaml(tmp_path: Path) -> None:
 def test_load_space_refuses_a_wrong_range_with_file_and_setting(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"space\.yaml.*" + message):
+    with pytest.raises(InputError, match=r"space\.yaml.*" + message):
         load_space(path)
 
 
 def test_load_space_refuses_a_file_that_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+    with pytest.raises(InputError, match=r"none\.yaml"):
         load_space(tmp_path / "none.yaml")
     (tmp_path / "space.yaml").write_text("{}")
-    with pytest.raises(ValueError, match=r"space\.yaml: expected settings"):
+    with pytest.raises(InputError, match=r"space\.yaml: expected settings"):
         load_space(tmp_path / "space.yaml")
 
 
@@ -112,7 +112,7 @@ def test_load_grid_has_each_variant_at_each_seed_and_the_defaults_first(tmp_path
     ]  # fmt: skip
     assert trials[1]["changes"] == {"num_soft_tokens": 1, "seed": 0}
     path.write_text("one token: {num_soft_token: 1}\n")
-    with pytest.raises(ValueError, match=r"grid\.yaml: one token.*num_soft_token"):
+    with pytest.raises(InputError, match=r"grid\.yaml: one token.*num_soft_token"):
         load_grid(path, 1)
 
 
@@ -122,7 +122,7 @@ def test_base_settings_refuse_what_the_study_sets_and_keep_the_rest(stub_config:
     base = base_settings(replace(stub_config, seed=7))
     assert (base.max_epochs, base.seed, base.eval_first, base.resume_from) == (3, 7, False, "latest")
     stub_config.training_config.write_text("eval_samples: 31\n")
-    with pytest.raises(ValueError, match=r"base\.yaml: eval_samples is set by the study; remove it"):
+    with pytest.raises(InputError, match=r"base\.yaml: eval_samples is set by the study; remove it"):
         base_settings(stub_config)
 
 
@@ -131,7 +131,7 @@ def test_base_settings_with_wandb_need_a_key(stub_config: StudyConfig, monkeypat
 
     monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(ValueError, match="wandb login"):
+    with pytest.raises(InputError, match="wandb login"):
         base_settings(replace(stub_config, wandb=True))
 
 
@@ -142,7 +142,7 @@ def test_check_contract_names_each_difference(stub_config: StudyConfig) -> None:
     stub_config.notebook.write_text(stub_config.notebook.read_text().replace("* 50", "* 51"))
     assert stub_config.space
     stub_config.space.write_text(stub_config.space.read_text().replace("[16, 32]", "[16, 32, 64]"))
-    with pytest.raises(ValueError, match=r"space: hidden_dim was .*notebook was"):
+    with pytest.raises(InputError, match=r"space: hidden_dim was .*notebook was"):
         check_contract("tiny", before, plan_study(stub_config).contract)
 
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from study.studies import begun, check_ended_once, processes, start, wait_for
 
 from elmlib import cli
-from elmlib.config import StudyConfig
+from elmlib.config import InputError, StudyConfig
 from elmlib.study.results import open_study, outcome_of
 from elmlib.study.study import LAUNCHER, Launcher, run_study
 from elmlib.study.trial import STORAGE_VARIABLE, open_storage, patiently
@@ -146,7 +146,7 @@ def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig)
     study, here = Launcher(stub_config).study, socket.gethostname()
     for name in (f"{here}:{os.getppid()}", "elsewhere:1"):
         study.set_user_attr(LAUNCHER, (name, time.time()))
-        with pytest.raises(ValueError, match="another launcher"):
+        with pytest.raises(InputError, match="another launcher"):
             run_study(stub_config)
     assert not begun(stub_config)
     study.set_user_attr(LAUNCHER, ("elsewhere:1", time.time() - 3 * stub_config.heartbeat))  # no sign of life

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from study.studies import begun, check_ended_once, start, wait_for
 from wandb_files import read_run
 
-from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.config import InputError, StudyConfig, SummaryTrainingConfig
 from elmlib.study import (
     StudyFailedError,
     cells_frame,
@@ -111,9 +111,9 @@ def test_run_study_stops_at_three_failures_of_one_kind(stub_config: StudyConfig)
     with pytest.raises(StudyFailedError, match=r"3 trials failed alike: ValueError: no luck at step \d+"):
         run_study(config)
     assert 3 <= len(begun(config)) <= 5  # those that ran beside the third one end
-    with pytest.raises(ValueError, match="--no-resume"):
+    with pytest.raises(InputError, match="--no-resume"):
         run_study(replace(config, resume=False))
-    with pytest.raises(ValueError, match=r"eval_samples was 100, is 9"):
+    with pytest.raises(InputError, match=r"eval_samples was 100, is 9"):
         run_study(replace(config, eval_samples=9))
 
 
@@ -256,7 +256,7 @@ def test_run_study_trains_and_scores_the_same_for_one_seed(study_config: StudyCo
 
 
 def test_submit_launchers_needs_postgres(stub_config: StudyConfig) -> None:
-    with pytest.raises(ValueError, match="PostgreSQL"):
+    with pytest.raises(InputError, match="PostgreSQL"):
         submit_launchers(stub_config)
 
 

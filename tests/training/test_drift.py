@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, save_qwen_pair, sentences
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.prompts import IGNORE_INDEX
 from elmlib.models.adapter import LinearMap
 from elmlib.models.pretrained import encode, load_embedder
@@ -258,7 +258,7 @@ def test_re_embed_of_a_bert_keeps_its_special_tokens() -> None:
 
 
 def test_re_embed_refuses_two_tokenizers(tiny_config: SummaryTrainingConfig) -> None:
-    with pytest.raises(ValueError, match=r"needs an embedder with the LLM's tokenizer, but \d+ of \d+ tokens"):
+    with pytest.raises(InputError, match=r"needs an embedder with the LLM's tokenizer, but \d+ of \d+ tokens"):
         build_components(replace(tiny_config, text_drift_head="re_embed"), torch.device("cpu"))
 
 

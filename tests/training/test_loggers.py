@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from wandb_files import read_run
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.training.loggers import MetricsLog, MetricsRow, read_metrics
 
 
@@ -39,7 +39,7 @@ def test_metrics_log_drops_rows_of_steps_that_are_repeated(tmp_path: Path) -> No
 def test_read_metrics_names_a_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "step", "step": 1, "epoch": 0, "loss": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
         read_metrics(path)
 
 

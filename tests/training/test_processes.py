@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.test_setup import launch, two_processes
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.training import trainer, validation
 from elmlib.training.loggers import read_metrics
 from elmlib.training.setup import build_components
@@ -77,7 +77,7 @@ def test_a_run_refuses_to_resume_on_another_number_of_processes(config: SummaryT
     config = replace(config, gradient_accumulation_steps=1, save_interval=2, keep_checkpoints=9)
     launch("-m", "elmlib.cli", "train", "--config", str(two_processes(config, tmp_path / "two")))
     saved = tmp_path / "two/run/adapter_step_2.safetensors"
-    with pytest.raises(ValueError, match="2 processes"):
+    with pytest.raises(InputError, match="2 processes"):
         train(replace(config, resume_from=str(saved)))
 
 

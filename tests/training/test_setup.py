@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import SummaryDataset
 from elmlib.data.records import EmbeddingFile, write_embeddings
 from elmlib.training.loggers import read_metrics
@@ -128,5 +128,5 @@ def test_train_refuses_vectors_of_another_embedder(config: SummaryTrainingConfig
     with EmbeddingFile(path) as file:
         rows = file.rows(0, file.num_rows)
     write_embeddings(path, rows.shape, [rows.tobytes()], metadata={"embedding_model": "other/model"})
-    with pytest.raises(ValueError, match=r"other/model.*all-minilm"):
+    with pytest.raises(InputError, match=r"other/model.*all-minilm"):
         build_components(replace(config, summary_data_path=str(folder)), torch.device("cpu"))

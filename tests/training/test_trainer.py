@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from elmlib.config import SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.models import elm
 from elmlib.models.adapter import load_adapter
 from elmlib.training import checkpoint, losses, trainer
@@ -122,12 +122,12 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_config: SummaryTrainingConfi
 def test_resume_refuses_other_settings(tiny_config: SummaryTrainingConfig) -> None:
     config = replace(tiny_config, max_epochs=1)
     train(config)
-    with pytest.raises(ValueError, match=r"batch_size was 8, is 4.*start a new run"):
+    with pytest.raises(InputError, match=r"batch_size was 8, is 4.*start a new run"):
         train(replace(config, resume_from="latest", batch_size=4))
 
 
 def test_resume_from_a_missing_file(tiny_config: SummaryTrainingConfig) -> None:
-    with pytest.raises(FileNotFoundError, match="adapter_step_9"):
+    with pytest.raises(InputError, match="adapter_step_9"):
         train(replace(tiny_config, resume_from="adapter_step_9.safetensors"))
 
 
@@ -135,9 +135,9 @@ def test_wrong_data_fails_before_a_model_is_loaded(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elm, "load_llm", lambda *_: pytest.fail("an LLM was loaded"))
-    with pytest.raises(FileNotFoundError, match="no train_synthesis"):
+    with pytest.raises(InputError, match="no train_synthesis"):
         train(replace(tiny_config, summary_data_path="nowhere"))
-    with pytest.raises(ValueError, match="pass --embedding-dim 384"):
+    with pytest.raises(InputError, match="pass --embedding-dim 384"):
         train(replace(tiny_config, embedding_dim=8))
 
 
@@ -378,7 +378,7 @@ def test_resume_refuses_another_number_of_processes(
 
     train(replace(tiny_config, eval_first=False), stop=lambda: "enough")
     monkeypatch.setattr(trainer, "Accelerator", Two)
-    with pytest.raises(ValueError, match=r"1 process.* 2"):
+    with pytest.raises(InputError, match=r"1 process.* 2"):
         train(replace(tiny_config, eval_first=False, resume_from="latest"))
 
 
