@@ -6,11 +6,13 @@ under the user's cache folder (`ELMLIB_CACHE`, else the platform's), after which
 
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -142,9 +144,26 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     llm = llm.requires_grad_(False).eval()
+    _fuse_norms(llm)
     if shard:
         shard(llm)
     return llm.to(device), tokenizer
+
+
+def _fuse_norms(llm: "PreTrainedModel") -> None:
+    """Let one kernel compute each RMS norm, where it gives what the LLM's own code gives in six. On an H100 a step of
+    Qwen3-4B then takes 0.7 of the time (papermill_runs/RESULTS.md)."""
+    import torch
+
+    def normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+    for module in llm.modules():
+        weight, has_gate = getattr(module, "weight", None), len(inspect.signature(module.forward).parameters) > 1
+        if hasattr(module, "variance_epsilon") and isinstance(weight, torch.Tensor) and not has_gate:
+            x = torch.linspace(-3, 3, 2 * len(weight), dtype=weight.dtype).reshape(2, -1)
+            if torch.allclose(module(x), normalise(module, x), rtol=2 * torch.finfo(x.dtype).eps):
+                module.forward = partial(normalise, module)
 
 
 def check_llm(llm: "PreTrainedModel") -> float:

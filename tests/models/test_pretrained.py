@@ -226,7 +226,7 @@ def test_smollm2_loads_without_a_second_conversion_and_writes_english():
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        llm, tokenizer = load_llm(OFFLINE_LLM, torch.bfloat16, "cpu")
+        llm, tokenizer = load_llm(OFFLINE_LLM, torch.float32, "cpu")
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 5, seconds  # under 1 s on an idle machine; the conversion takes 20 s
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -235,7 +235,6 @@ def test_smollm2_loads_without_a_second_conversion_and_writes_english():
     assert "The capital of France is Paris" in tokenizer.decode(output[0])
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A8: nothing compares token ids with embeddings of the same ids")
 def test_an_llm_that_needs_token_ids_beside_the_embeddings_is_refused(tiny_llm):
     llm, _ = load_llm(str(tiny_llm), torch.float32, "cpu")
 
@@ -263,3 +262,13 @@ def test_weights_that_cannot_be_read_are_bad_input(tiny_llm, tmp_path, fault):
         (folder / "model.safetensors").write_text(pointer)
     with pytest.raises(InputError, match=r"git-lfs|bitsandbytes"):
         load_llm(str(folder), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_give_what_the_llms_own_code_gives(tiny_llm, dtype):
+    llm, _ = load_llm(str(tiny_llm), dtype, "cpu")
+    ids = torch.arange(24)[None]
+    fused = llm(ids).logits
+    own = [module.__dict__.pop("forward") for module in llm.modules() if "forward" in module.__dict__]
+    assert len(own) == 2 * llm.config.num_hidden_layers + 1
+    torch.testing.assert_close(fused, llm(ids).logits)
