@@ -121,8 +121,9 @@ def plan_step(config: PlanConfig, shape: Shape, batch_size: int, checkpointing: 
     trained = (config.embedding_dim + 1) * config.hidden_dim + hidden
     trained += (config.embedding_dim + config.hidden_dim + 2) * config.num_soft_tokens * hidden
 
-    per_token = 4 * hidden * NORMS[kind] + width * (2 * queries + 3 * inner)
-    per_token += 4 * (queries + keys) if kind in ("qwen3", "gemma3_text") else 0  # norms of queries and keys
+    norm = 4 if kind == "gemma3_text" else width  # bytes of a number that it keeps; load_llm fuses the others
+    per_token = norm * hidden * NORMS[kind] + width * (2 * queries + 3 * inner)
+    per_token += norm * (queries + keys) if kind in ("qwen3", "gemma3_text") else 0  # norms of queries and keys
     layer = rows * (run * per_token + 2 * width * queries * seen)  # with keys and values repeated for all heads
     if config.fused_attention:
         layer += rows * run * (width * seen + 4 * heads)  # the mask, and the log of each sum

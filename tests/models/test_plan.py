@@ -16,23 +16,28 @@ from elmlib.models.plan import GIB, SHAPES, Shape, plan_step, plan_training, rea
 SMALL = PlanConfig()
 LARGE = PlanConfig(llm_model_name="Qwen/Qwen3-4B-Instruct-2507", embedding_dim=2560)
 # Peak bytes and operations of one step, traced with fake tensors through the code of commit 34c5200 (torch 2.13.0,
-# transformers 5.24.0): settings, batch size, checkpointing, peak MiB, TFLOP.
+# transformers 5.24.0): settings, batch size, checkpointing, peak MiB, TFLOP. That code kept each norm in float32, which
+# decides no peak of these settings.
 TRACED = [
     (replace(SMALL, answer_tokens=24, use_bf16=False), 4, False, 945.7, 0.064),
     (replace(SMALL, answer_tokens=24, use_bf16=False), 4, True, 852.4, 0.196),
     (replace(SMALL, answer_tokens=128, use_bf16=False), 16, False, 3217.8, 1.151),
     (replace(SMALL, answer_tokens=128, use_bf16=False), 16, True, 1272.1, 1.944),
-    (replace(SMALL, answer_tokens=128), 16, False, 2075.3, 1.151),
-    (replace(SMALL, answer_tokens=128, fused_attention=False), 16, False, 2590.0, 1.233),
     (replace(SMALL, answer_tokens=128), 4, True, 778.7, 0.486),
-    (LARGE, 8, False, 15555.9, 17.296),
     (LARGE, 8, True, 10680.6, 30.890),
-    (LARGE, 32, False, 31940.9, 69.183),
     (LARGE, 32, True, 12432.3, 123.560),
     (replace(LARGE, use_bf16=False), 8, False, 26701.4, 17.296),
-    (replace(LARGE, fused_attention=False), 8, False, 16536.6, 17.646),
     (replace(LARGE, answer_tokens=512), 1, True, 10203.5, 12.141),
 ]
+
+
+MEASURED = [(8, 24, 10.718), (32, 24, 14.670), (128, 24, 29.268), (32, 128, 28.420)]  # rows, tokens, peak GiB: an H100
+
+
+@pytest.mark.parametrize(("rows", "tokens", "peak"), MEASURED)
+def test_plan_step_equals_a_measured_peak(rows: int, tokens: int, peak: float) -> None:
+    step = plan_step(replace(LARGE, answer_tokens=tokens), read_shape(LARGE.llm_model_name), rows, False)
+    assert step.memory / GIB == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize(("config", "batch_size", "checkpointing", "peak", "flops"), TRACED)
@@ -71,8 +76,8 @@ def test_plan_training_holds_margin_and_context_and_the_batch_size_grows_with_th
     ("kind", "is_bf16", "checkpointing", "peak"),
     [
         ("llama", False, False, 83.40), ("llama", False, True, 50.23), ("llama", True, True, 27.84),
-        ("qwen3", False, False, 87.69), ("qwen3", True, True, 29.04), ("phi3", True, False, 49.54),
-        ("gemma3_text", False, False, 93.42), ("gemma3_text", True, True, 31.01), ("glm4", True, False, 56.25),
+        ("qwen3", False, False, 87.69), ("qwen3", True, True, 29.04),
+        ("gemma3_text", False, False, 93.42), ("gemma3_text", True, True, 31.01),
     ],
 )  # fmt: skip
 def test_plan_step_equals_a_trace_where_activations_decide(
