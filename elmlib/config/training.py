@@ -9,11 +9,11 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from tyro.conf import arg as flag
 
-from elmlib.config.files import InputError, make_config, preset_settings, read_settings, require
+from elmlib.config.files import InputError, check_settings, make_config, preset_settings, read_settings, require
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DriftHead = Literal["readout", "re_embed"]
@@ -124,6 +124,7 @@ class SummaryTrainingConfig:
     log_level: LogLevel = "INFO"  # Least severity of messages on standard error
 
     def __post_init__(self) -> None:
+        check_settings(type(self), vars(self), type(self).__name__)
         require(self, 1, "embedding_dim", "hidden_dim", "num_soft_tokens", "max_epochs", "batch_size", "drift_top_k")
         require(self, 1, "gradient_accumulation_steps", "bertscore_batch_size", "eval_interval", "max_new_tokens")
         require(self, 1, "early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor")
@@ -136,11 +137,6 @@ class SummaryTrainingConfig:
         require(self, 1 + 1e-9, "spike_factor")
         require(self, 2, "eval_samples", "eval_nll_samples")
         require(self, 8, "max_seq_length")
-        literals = {"log_level": LogLevel, "text_drift_head": DriftHead, "soft_token_position": SoftTokenPosition}
-        literals |= {"evaluation_device": EvaluationDevice}
-        for name, literal in literals.items():
-            if getattr(self, name) not in get_args(literal):
-                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(literal))}")
         if self.persistent_workers and not self.num_workers:
             raise InputError("persistent_workers is set but num_workers is 0; expected num_workers of 1 or more")
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +122,8 @@ class SummaryDataset(Dataset[int]):
 
 
 def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
-    """The files of a split of `config.summary_data_path`; InputError where the vectors are not of `embedding_dim`."""
+    """The files of a split of `config.summary_data_path`; InputError where the vectors are not of `embedding_dim` or of
+    another embedder than the config's."""
     paths = find_split(Path(config.summary_data_path), split)
     with EmbeddingFile(paths.embeddings) as file:
         if file.dim != config.embedding_dim:
@@ -130,6 +131,7 @@ def locate_split(config: SummaryTrainingConfig, split: str) -> SplitPaths:
                 f"{paths.embeddings} holds vectors of size {file.dim}, but embedding_dim is {config.embedding_dim}; "
                 f"pass --embedding-dim {file.dim} if that is the embedder's size"
             )
+        file.check_embedder(config.embedding_model_name)
     return paths
 
 
@@ -199,19 +201,18 @@ def epoch_batches(split: SummaryDataset, batch_size: int, seed: int, epoch: int)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def load_batches(split: SummaryDataset, batches: list[list[int]], config: SummaryTrainingConfig) -> Iterator[Batch]:
-    """Iterate over collated `batches`, in worker processes where the config asks for them."""
-    return iter(
-        DataLoader(
-            split,
-            batch_sampler=batches,
-            collate_fn=split.collate,
-            num_workers=config.num_workers,
-            # Without it each new loader draws a seed from the global generator. A resumed run makes one loader more, so
-            # its later random numbers would differ from those of a run that was never stopped.
-            generator=torch.Generator(),
-            pin_memory=config.pin_memory,
-            persistent_workers=config.persistent_workers,
-            prefetch_factor=config.prefetch_factor if config.num_workers else None,
-        )
+def load_batches(split: SummaryDataset, batches: list[list[int]], config: SummaryTrainingConfig) -> DataLoader[Any]:
+    """A loader of collated `batches`, in worker processes where the config asks for them. The list may be changed
+    between two passes, so that persistent workers stay."""
+    return DataLoader(
+        split,
+        batch_sampler=batches,
+        collate_fn=split.collate,
+        num_workers=config.num_workers,
+        # Without it each pass draws a seed from the global generator. A resumed run makes one pass more, so its later
+        # random numbers would differ from those of a run that was never stopped.
+        generator=torch.Generator(),
+        pin_memory=config.pin_memory,
+        persistent_workers=config.persistent_workers,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
     )

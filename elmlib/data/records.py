@@ -138,6 +138,13 @@ class EmbeddingFile:
         self._file.seek(self._start + start * self._row_bytes)
         return self._file.read((stop - start) * self._row_bytes)  # more than 2 GiB too, unlike os.pread
 
+    def check_embedder(self, model: str) -> None:
+        """Raise InputError where the header names another embedder than `model`; only the last parts of the names are
+        compared, for a model may lie in a folder."""
+        made_by = self.metadata.get("embedding_model", model)
+        if Path(made_by).name.lower() != Path(model).name.lower():
+            raise InputError(f"{self.path} holds vectors of {made_by}; expected those of {model}")
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as float32, (stop - start, dim)."""
         raw = self.raw(start, stop)

@@ -15,7 +15,7 @@ from elmlib.config import InputError
 from elmlib.data import EmbeddingFile, find_records, read_records
 from elmlib.evaluation import read_predictions
 from elmlib.inference.summarizer import Elm
-from elmlib.models import BEST, Sampling, load_adapter, public_name
+from elmlib.models import BEST, Sampling, load_adapter
 
 _CHECKED = 4096  # rows checked at a time
 _ABOUT = ".about.json"
@@ -48,12 +48,9 @@ def generate_file(
     records = None if source.suffix == ".safetensors" else find_records(source)
     with EmbeddingFile(embeddings or data.find_embeddings(records) if records else source) as vectors:
         model, size = config.embedding_model_name, config.embedding_dim
-        made_by = vectors.metadata.get("embedding_model", model)
-        there = f"{vectors.path} holds vectors of"
         if vectors.dim != size:
-            raise InputError(f"{there} size {vectors.dim}; {checkpoint} reads {size} (from {model})")
-        if public_name(made_by) != public_name(model):
-            raise InputError(f"{there} {made_by}; {checkpoint} reads vectors of {model}")
+            raise InputError(f"{vectors.path} holds vectors of size {vectors.dim}; {checkpoint} reads {size} ({model})")
+        vectors.check_embedder(model)
         requests = _read_requests(records, vectors)
         files = {"checkpoint": checkpoint, "records": records, "embeddings": vectors.path}
         made_from: dict[str, Any] = {name: data.file_digest(path)[:16] for name, path in files.items() if path}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -190,6 +191,8 @@ class SoftTokenModel:
             cache = DynamicCache(config=self.llm.config)
             if self._share_prefix:
                 self.llm.base_model(input_ids=ids, cache=cache, use_cache=True)
+                if cache.get_seq_length() != len(before):  # earlier versions ignore `cache=`
+                    raise InputError(f"transformers {transformers.__version__} fills no cache; install 5.24 or later")
             self._prefixes[key] = self._embed(ids), cache
         return self._prefixes[key]
 

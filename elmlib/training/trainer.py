@@ -115,6 +115,8 @@ class _Run:
         self.components = self.components.with_adapter(shared)
         self.steps_per_epoch = [len(self._groups(epoch)) for epoch in range(config.max_epochs)]
         self.total_steps = sum(self.steps_per_epoch)
+        self.batches: list[list[int]] = []  # of the epoch
+        self.loader = load_batches(self.components.train, self.batches, config)
         if not self.total_steps:
             raise InputError(f"{len(self.components.train)} training rows are too few for {self.world} processes")
 
@@ -162,7 +164,8 @@ class _Run:
 
     def _epoch(self) -> None:
         groups = self._groups(self.state.epoch)[self.state.group :]
-        loader = load_batches(self.components.train, [batch for group in groups for batch in group], self.config)
+        self.batches[:] = [batch for group in groups for batch in group]
+        loader = iter(self.loader)
         self.adapter.train()
         for group in groups:
             started = time.perf_counter()
@@ -209,20 +212,21 @@ class _Run:
                 (loss * self.world).backward()  # accelerate's backward would divide by a setting of its own
             totals += torch.stack([loss.detach(), *(sums[each.name].detach() for each in losses)])
         loss_sum, *sums_of_all = accelerator.reduce(totals, reduction="sum").tolist()
-        self._check_stable(loss_sum)
-        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm))
+        self._check_stable(loss_sum, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        values = {"loss": loss_sum, "learning_rate": rate, "grad_norm": float(norm)}
+        values = {"loss": loss_sum, "learning_rate": rate, "grad_norm": norm}
         return values | {each.name: x / counts[each.per] for each, x in zip(losses, sums_of_all, strict=True)}
 
-    def _check_stable(self, loss: float) -> None:
+    def _check_stable(self, loss: float, norm: float) -> None:
         mean = self.state.loss_mean
         spike = self.state.step >= _SPIKE_WARMUP and loss > self.config.spike_factor * mean
-        if not math.isfinite(loss) or spike:
+        if not math.isfinite(loss + norm) or spike:
             saved = [str(path) for path in checkpoint.step_checkpoints(self.folder)]
             raise UnstableTrainingError(
-                f"step {self.state.step + 1}: the loss is {loss:.4g}, its running mean {mean:.4g}. "
+                f"step {self.state.step + 1}: the loss is {loss:.4g}, its running mean {mean:.4g}, the "
+                f"norm of its gradient {norm:.4g}. "
                 f"Last good checkpoint: {saved[-1] if saved else 'none yet'}. Try a lower --learning-rate (now "
                 f"{self.config.learning_rate:g}), a lower --max-grad-norm (now {self.config.max_grad_norm:g}), or look "
                 "for bad rows with `elm filter`"

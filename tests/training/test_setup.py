@@ -121,7 +121,6 @@ def test_share_adapter_sends_only_its_gradients_once_a_step(config: SummaryTrain
     assert int(sent) == int(expected) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A2: training looks at the size of the vectors, not at who made them")
 def test_train_refuses_vectors_of_another_embedder(config: SummaryTrainingConfig, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(config.summary_data_path, tmp_path / "data"))
     path = folder / "embeddings/train_embeddings.safetensors"

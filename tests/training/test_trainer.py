@@ -337,7 +337,6 @@ def test_evaluations_per_epoch_come_at_equal_shares_of_the_data(tiny_config: Sum
     assert [row.epoch for row in evals] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A5: the gradient's norm is not checked, and the step is applied")
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +353,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
         train(replace(tiny_config, eval_first=False), stop=lambda: "enough")
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A10: accelerate divides the loss by a number in its environment")
 def test_no_setting_of_accelerate_changes_a_step(
     tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +367,6 @@ def test_no_setting_of_accelerate_changes_a_step(
     assert norms[0] == norms[1]
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A11: a run state does not know how many processes wrote it")
 def test_resume_refuses_another_number_of_processes(
     tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,7 +379,6 @@ def test_resume_refuses_another_number_of_processes(
         train(replace(tiny_config, eval_first=False, resume_from="latest"))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS A19: each epoch makes a new loader, so persistent workers end with it")
 def test_persistent_workers_stay_from_epoch_to_epoch(tiny_config: SummaryTrainingConfig) -> None:
     class Workers:
         seen: ClassVar[set[int | None]] = set()
