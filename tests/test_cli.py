@@ -234,3 +234,11 @@ def test_an_error_of_the_system_is_one_line(
             cli.main(arguments)
     assert stopped.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("elm: error: ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(small_data: Path) -> None:
+    command = (
+        f"{sys.executable} -m elmlib.cli train --dry-run --data-dir {small_data} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["{", "0"] and not done.stderr

@@ -108,7 +108,7 @@ def filter_corpus(config: FilterConfig, progress: bool = True) -> FilterReport:
         splits = [_Split(config, name, rejected, stack) for name in SPLITS]
         dims = {str(split.vectors.path): split.vectors.dim for split in splits}
         if len(set(dims.values())) > 1:
-            raise InputError(f"all splits need vectors of one size, but they have {dims}")
+            raise InputError(f"all splits need vectors of one size, but they have {dims}; embed all with one model")
         reports = {split.name: split.filter(progress) for split in splits}
         leaks = tuple(_find_leaks(splits))
         message = "\n".join(["the splits overlap", *map(str, leaks)])

@@ -143,7 +143,7 @@ class EmbeddingFile:
         compared, for a model may lie in a folder."""
         made_by = self.metadata.get("embedding_model", model)
         if Path(made_by).name.lower() != Path(model).name.lower():
-            raise InputError(f"{self.path} holds vectors of {made_by}; expected those of {model}")
+            raise InputError(f"{self.path} holds vectors of {made_by}, not of {model}; use one embedder")
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as float32, (stop - start, dim)."""

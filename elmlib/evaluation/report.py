@@ -195,7 +195,8 @@ def _score(
     for name, setting in product(files, _COMMON):
         theirs, ours = getattr(files[name].config, setting), getattr(config, setting)
         if theirs != ours:
-            raise InputError(f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}")
+            both = f"{checkpoints[name]} has {setting} {theirs!r}, {checkpoints[first]} {ours!r}"
+            raise InputError(f"{both}; report them one by one")
     for name in ("train", "val", split):  # before a model is loaded or downloaded: a wrong folder fails at once
         locate_split(config, name)
     model = build_model(config, device)

@@ -166,7 +166,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise InputError(f"{path} is damaged: its tensors or settings are not those that elmlib wrote")
+        raise InputError(f"{path} is damaged: it does not hold what elmlib wrote; take another file")
     return tensors, values
 
 

@@ -111,6 +111,8 @@ class Launcher:
 
     def __init__(self, config: StudyConfig):
         """Check all settings, and create or load the study."""
+        import optuna_dashboard  # noqa: F401  (`publish` needs it: told before a trial is trained)
+
         self.config, self.plan = config, plan_study(config)
         self.storage = open_storage(results.storage_address(config), config.heartbeat)
         self.is_shared = self.storage.engine.dialect.name == "postgresql"

@@ -74,7 +74,7 @@ def load_run(
     where the run had another number of processes: it would repeat rows, or never end."""
     tensors, header = load_tensors(_state_path(path))
     if (saved := header.get("processes", 1)) != processes:
-        raise InputError(f"cannot continue {path}: it was saved by {saved} processes, now they are {processes}")
+        raise InputError(f"cannot continue {path}: {saved} processes wrote it, now there are {processes}; use as many")
     adapter.load_state_dict(load_adapter(path).weights)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -118,7 +118,7 @@ class _Run:
         self.batches: list[list[int]] = []  # of the epoch
         self.loader = load_batches(self.components.train, self.batches, config)
         if not self.total_steps:
-            raise InputError(f"{len(self.components.train)} training rows are too few for {self.world} processes")
+            raise InputError(f"{len(self.components.train)} rows are too few for {self.world} processes; use fewer")
 
     def finish(self) -> TrainResult:
         """Train to the end and write result.json."""
