@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import shutil
+import time
 
 import msgspec
 import pytest
@@ -344,3 +345,14 @@ def test_loaded_batches_are_the_collated_ones(tiny_config, workers):
         assert batch.prompt == expected.prompt
         for tensor, twin in zip(batch[:3], expected[:3], strict=True):
             assert torch.equal(tensor, twin)
+
+
+def test_the_batches_of_an_epoch_cost_the_same_for_each_row_of_a_large_split():
+    one, seconds = record(0, "target"), []
+    for rows in (40_000, 320_000):
+        lengths = [[1] * (row % 40 + 1) for row in range(rows)]
+        split = SummaryDataset([one] * rows, lengths, [0] * rows, [None] * rows, torch.zeros(1, 2), 0, "")
+        started = time.perf_counter()
+        assert sum(map(len, epoch_batches(split, 16, 0, 0))) == rows
+        seconds.append(time.perf_counter() - started)
+    assert seconds[1] < 24 * seconds[0], seconds  # 8 times the rows; a quadratic cost would be 64 times

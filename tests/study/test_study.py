@@ -281,3 +281,11 @@ def test_run_study_keeps_the_score_of_a_trial_whose_note_cannot_be_written(
     monkeypatch.setattr(results, "publish", fail)
     (trial,) = run_study(replace(stub_config, trials=1)).trials
     assert trial.state == TrialState.COMPLETE and trial.value
+
+
+def test_a_notebook_edited_while_a_study_runs_changes_no_trial(stub_config: StudyConfig, tmp_path: Path) -> None:
+    mine = Path(shutil.copy(stub_config.notebook, tmp_path / "mine.ipynb"))
+    launcher = Launcher(replace(stub_config, notebook=mine))
+    before = mine.read_bytes()
+    mine.write_bytes(b"edited")
+    assert launcher.notebook.read_bytes() == before
