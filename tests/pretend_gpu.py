@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -192,6 +193,10 @@ def _install() -> None:
     def inference_mode(mode: bool | Callable[..., Any] = True) -> Any:  # of which no wrapper can be a view
         return torch.no_grad()(mode) if callable(mode) else torch.no_grad() if mode else _Nothing()
 
+    # `with torch.device(...)` knows factories by identity and gathers them at its first use: before the change, or a
+    # `torch.tensor` in it makes CPU tensors. transformers would then not notice the meta device of its loading, and
+    # would leave buffers that no file holds, such as a BERT's position_ids, unfilled.
+    _device_constructors()
     torch.tensor, torch.as_tensor = new_tensor, new_as_tensor  # the C++ ones make no tensor of a Python device
     torch.Generator, torch.inference_mode = NewGenerator, inference_mode
     _Mode().__enter__()

@@ -17,7 +17,7 @@ from elmlib.training.trainer import train
 pytestmark = pytest.mark.heavy
 
 STEP_WAITS = 4  # of an optimizer step: the counts go up and come down, the sums of the losses and the norm come down
-BATCH_WAITS = 6  # of each micro-batch in it
+BATCH_WAITS = 5  # of each micro-batch in it
 TOKEN_WAITS = 3  # of each decoded token
 REFUSED = ("sum", "product", "cat", "where", "index of a CPU tensor", "values on the CPU", "numpy")
 WAITING = ("item", "float", "bool", "tolist", "cpu", "nonzero", "boolean index", "torch.tensor", "upload")
