@@ -46,7 +46,7 @@ benchmark: .venv/.installed
 # On a machine with a GPU, with or without network: the .venv is used where there is one, else $(PYTHON).
 OUT ?= gpu-check
 gpu-check:
-	PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/benchmarks/gpu_check.py $(OUT) $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/benchmarks/gpu_check.py $(OUT) $(ARGS)
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

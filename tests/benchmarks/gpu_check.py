@@ -1,7 +1,7 @@
 """`make gpu-check OUT=FOLDER`: is a training step on this GPU as fast and as large as expected? At most 8 minutes.
 
 It needs no weights and no network: a random LLM of Qwen3-4B's shape is made on the card. Measured are the card's
-ceilings, optimizer steps of five shapes beside the memory that `elm plan` estimates, decoding, and a step too large for
+ceilings, optimizer steps of six kinds beside the memory that `elm plan` estimates, decoding, and a step too large for
 the card. FOLDER/gpu_check.json holds all figures; the table is printed. `--tiny` runs it anywhere, on a tiny shape.
 """
 
@@ -27,6 +27,7 @@ from elmlib.data import Batch, PromptBatch, PromptIds
 from elmlib.models.adapter import LinearMap, make_adapter
 from elmlib.models.elm import Sampling, SoftTokenModel
 from elmlib.models.plan import GIB, SHAPES, Shape, plan_step
+from elmlib.study.trial import is_out_of_memory
 from elmlib.training.drift import DriftReadout
 from elmlib.training.losses import compute_losses, total_loss
 
@@ -115,15 +116,15 @@ class Check:
         adapter = make_adapter(self.config, llm.get_input_embeddings().weight).to(self.device)
         tokenizer: Any = SimpleNamespace(eos_token_id=0)
         self.model = SoftTokenModel(llm, tokenizer, adapter)
+        self.recomputing = SoftTokenModel(llm, tokenizer, adapter, use_gradient_checkpointing=True)
         idf, dim = torch.ones(self.shape.vocab_size, device=self.device), self.config.embedding_dim
         to_embedding = LinearMap(
             torch.randn(dim, self.shape.hidden_size, device=self.device), torch.zeros(dim, device=self.device)
         )
-        self.parts: Any = SimpleNamespace(  # all that the losses read, with random maps in the place of fitted ones
-            model=self.model,
-            warm_start=SimpleNamespace(idf=idf),
-            drift_head=DriftReadout(self.model.table, idf, to_embedding),
-        )
+        self.parts: Figures = {  # all that the losses read but the model, with random maps in the place of fitted ones
+            "warm_start": SimpleNamespace(idf=idf),
+            "drift_head": DriftReadout(self.model.table, idf, to_embedding),
+        }
         self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, fused=True)
         return {"seconds": time.perf_counter() - begun, "parameters": sum(p.numel() for p in llm.parameters())}
 
@@ -131,25 +132,26 @@ class Check:
         """As long as `elm plan` takes it to be."""
         return PromptIds(list(range(1, self.config.prompt_tokens + 1)), [], 0)
 
-    def take_step(self, rows: int, tokens: int) -> Callable[[], None]:
+    def take_step(self, rows: int, tokens: int, checkpointing: bool = False) -> Callable[[], None]:
         """An optimizer step of `rows` answers of `tokens` tokens, with all losses."""
         labels = torch.randint(1, self.shape.vocab_size, (rows, tokens))
         vectors = torch.randn(rows, self.config.embedding_dim)
         batch = Batch(vectors, labels, torch.arange(rows), self.prompt(), []).to(self.device)
         counts = {"token": batch.num_tokens, "row": rows}
+        parts: Any = SimpleNamespace(model=self.recomputing if checkpointing else self.model, **self.parts)
 
         def job() -> None:
             self.optimizer.zero_grad()
-            total_loss(compute_losses(self.parts, batch, self.config), counts, self.config).backward()
+            total_loss(compute_losses(parts, batch, self.config), counts, self.config).backward()
             torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
 
         return job
 
-    def step(self, rows: int, tokens: int) -> Figures:
+    def step(self, rows: int, tokens: int, checkpointing: bool = False) -> Figures:
         """Time, peak memory and utilisation of a step beside what `elm plan` says of it."""
-        plan = plan_step(replace(self.config, answer_tokens=tokens), self.shape, rows, checkpointing=False)
-        job = self.take_step(rows, tokens)
+        plan = plan_step(replace(self.config, answer_tokens=tokens), self.shape, rows, checkpointing)
+        job = self.take_step(rows, tokens, checkpointing)
         job()
         if self.is_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -197,9 +199,7 @@ class Check:
         before, told, named = torch.cuda.memory_allocated(), "nothing: it fitted", False
         try:
             self.take_step(8192, 160)()
-        except RuntimeError as error:
-            from elmlib.study.trial import is_out_of_memory
-
+        except RuntimeError as error:  # no import here: optuna's deferred ones would keep the error and its tensors
             told, named = type(error).__name__, is_out_of_memory(error)
         self.optimizer.zero_grad()
         gc.collect()
@@ -228,6 +228,7 @@ def main() -> None:
     tiny = ((2, 4), (4, 4), (8, 4), (2, 8), (4, 8))
     for rows, tokens in tiny if options.tiny else ((8, 24), (32, 24), (128, 24), (8, 128), (32, 128)):
         check.part(f"step {rows} x {tokens}", lambda rows=rows, tokens=tokens: check.step(rows, tokens))
+    check.part(f"step {rows} x {tokens}, checkpointing", lambda: check.step(rows, tokens, checkpointing=True))
     for rows in (2, 4) if options.tiny else (100, 400):
         check.part(f"decode {rows}", lambda rows=rows: check.decoding(rows, 4 if options.tiny else 48))
     check.part("out of memory", check.out_of_memory)

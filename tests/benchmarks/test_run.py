@@ -35,5 +35,5 @@ def test_gpu_check_runs_every_part_on_a_cpu(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not [name for name, figures in results.items() if "error" in figures], results
     steps = [figures for name, figures in results.items() if name.startswith("step ")]
-    assert len(steps) == 5 and all(step["ms"] > 0 and step["planned_gib"] > 0 for step in steps)
+    assert len(steps) == 6 and all(step["ms"] > 0 and step["planned_gib"] > 0 for step in steps)
     assert all(name in printed for name in results if name != "machine"), printed
