@@ -9,7 +9,7 @@ RUNS := papermill_runs
 SETTINGS := notebooks/parameters
 CODE := $(shell find elmlib -name '*.py')
 
-.PHONY: demo study-demo tour ablation showcase clean-demo lab benchmark gpu-check test test-heavy test-browser format constraints
+.PHONY: demo study-demo tour ablation showcase clean-demo lab benchmark gpu-check test test-heavy test-browser soak format constraints
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,6 +39,9 @@ test-heavy: .venv/.installed
 
 test-browser: .venv/.installed
 	$(BIN)/pytest -m browser
+
+soak: .venv/.installed
+	$(BIN)/python tests/soak.py $(ARGS)
 
 benchmark: .venv/.installed
 	$(BIN)/python tests/benchmarks/run.py

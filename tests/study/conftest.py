@@ -1,23 +1,15 @@
 """A small study, of the tiny model or of a notebook that trains nothing."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import yaml
+from study.studies import SPACE, tiny_study
 
 from elmlib.config import StudyConfig, SummaryTrainingConfig
 
-ROOT = Path(__file__).parents[2]
-SPACE = """
-learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
-hidden_dim: {choices: [16, 32]}
-batch_size: {choices: [4, 8]}
-gradient_accumulation_steps: {choices: [2, 4]}
-dropout_rate: {low: 0.0, high: 0.3}
-"""
 # The notebook of a trial without a model: under test here are launchers, kernels and storages. `weight_decay` is its
 # duration in seconds, and `spike_factor` its fate.
 STUB = """
@@ -47,22 +39,7 @@ temporary.rename(folder / "result.json")
 @pytest.fixture
 def study_config(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> StudyConfig:
     """A study of the tiny model."""
-    (tmp_path / "base.json").write_text(
-        replace(tiny_config, use_text_drift_loss=False, checkpoint_dir="data/checkpoints").to_json()
-    )
-    (tmp_path / "space.yaml").write_text(SPACE)
-    return StudyConfig(
-        study_name="tiny",
-        data_dir=tiny_config.summary_data_path,
-        checkpoint_dir=tmp_path / "runs",
-        trials=3,
-        eval_samples=8,
-        evals_per_epoch=2,
-        training_config=tmp_path / "base.json",
-        space=tmp_path / "space.yaml",
-        notebook=ROOT / "notebooks" / "02_train.ipynb",
-        heartbeat=2,
-    )
+    return tiny_study(tiny_config, tmp_path)
 
 
 def write_stub(path: Path) -> None:

@@ -3,20 +3,30 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import optuna
 import psutil
 from optuna.trial import FrozenTrial, TrialState
 
-from elmlib.config import StudyConfig
+from elmlib.config import StudyConfig, SummaryTrainingConfig
 from elmlib.study.results import last_attempts, open_study, outcome_of, tally
 
 ROOT = Path(__file__).parents[2]
+SPACE = """
+learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
+hidden_dim: {choices: [16, 32]}
+batch_size: {choices: [4, 8]}
+gradient_accumulation_steps: {choices: [2, 4]}
+dropout_rate: {low: 0.0, high: 0.3}
+"""
 STUDY = """
 import json, sys
 from elmlib.config import StudyConfig, make_config
@@ -26,12 +36,31 @@ config = make_config(StudyConfig, json.loads(sys.argv[1]))
 """
 
 
-def start(config: StudyConfig, **environment: str) -> subprocess.Popen:
-    """A launcher as a process of its own."""
+def tiny_study(config: SummaryTrainingConfig, folder: Path) -> StudyConfig:
+    """A study of the tiny model that `config` trains; its files go into `folder`."""
+    base = replace(config, use_text_drift_loss=False, checkpoint_dir="data/checkpoints")
+    (folder / "base.json").write_text(base.to_json())
+    (folder / "space.yaml").write_text(SPACE)
+    return StudyConfig(
+        study_name="tiny",
+        data_dir=config.summary_data_path,
+        checkpoint_dir=folder / "runs",
+        trials=3,
+        eval_samples=8,
+        evals_per_epoch=2,
+        training_config=folder / "base.json",
+        space=folder / "space.yaml",
+        notebook=ROOT / "notebooks" / "02_train.ipynb",
+        heartbeat=2,
+    )
+
+
+def start(config: StudyConfig, log: IO[bytes] | None = None, **environment: str) -> subprocess.Popen:
+    """A launcher as a process of its own, which prints into `log`."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
     return subprocess.Popen(
         [sys.executable, "-c", STUDY, json.dumps(values)],
-        cwd=ROOT, start_new_session=True, env=os.environ | environment,
+        cwd=ROOT, start_new_session=True, env=os.environ | environment, stdout=log, stderr=log,
     )  # fmt: skip
 
 
@@ -51,6 +80,20 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < give_up, condition
         time.sleep(0.05)
+
+
+def kill_launcher(launcher: subprocess.Popen) -> None:
+    """SIGKILL for a launcher alone; its trials' processes and kernels have to end by themselves."""
+    family = [each for group in processes(launcher).values() for each in group]
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_for(lambda: not any(map(_runs, family)), 10)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def begun(config: StudyConfig) -> list[FrozenTrial]:

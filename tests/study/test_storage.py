@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import signal
 import socket
 import sqlite3
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
-from study.studies import begun, check_ended_once, processes, start, wait_for
+from study.studies import begun, check_ended_once, kill_launcher, processes, start, wait_for
 
 from elmlib import cli
 from elmlib.config import InputError, StudyConfig
@@ -78,12 +77,7 @@ def test_run_study_ends_every_trial_once_whatever_is_killed(
             restart_postgres()
             continue
         if target == "launcher":
-            family = [each for group in processes(launcher).values() for each in group]
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-            wait_for(
-                lambda family=family: not any(each.is_running() and each.status() != "zombie" for each in family), 5
-            )
+            kill_launcher(launcher)
             launcher = start(config)
             continue
         for process in processes(launcher)[target][:1]:
