@@ -48,7 +48,10 @@ def last_attempts(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 def outcome_of(trial: FrozenTrial) -> str:
     """How a trial ended, as its launcher noted it; `killed` where the launcher itself ended."""
-    return trial.user_attrs.get("outcome", "killed") if trial.state == TrialState.FAIL else trial.state.name.lower()
+    if trial.state != TrialState.FAIL:
+        return trial.state.name.lower()
+    noted = trial.user_attrs.get("outcome", "killed")
+    return "killed" if noted in ("complete", "pruned") else noted  # its launcher ended before it told Optuna
 
 
 def is_retried(trial: FrozenTrial, max_retries: int) -> bool:

@@ -268,7 +268,7 @@ class Launcher:
             return asked
 
     def _start(self, trial: optuna.Trial, slot: int, environment: dict[str, str]) -> None:
-        """Start the process of a trial; a retried trial gets the files of the attempt before it."""
+        """Start the process of a trial; a retried trial gets the files of the attempts before it."""
         frozen = patiently(partial(self.storage.get_trial, trial._trial_id))
         folder = self.config.folder / f"trial-{trial.number:04d}"
         settings = frozen.params | frozen.user_attrs.get("changes", {})
@@ -280,8 +280,9 @@ class Launcher:
             return
         shutil.rmtree(folder, ignore_errors=True)  # of a study that was deleted: numbers are never used twice
         folder.mkdir(parents=True)
-        if history := frozen.system_attrs.get("retry_history"):
-            for path in run_files(self.config.folder / f"trial-{history[-1]:04d}"):
+        # From all of them, oldest first: a launcher that is killed here leaves the files in two folders.
+        for number in frozen.system_attrs.get("retry_history", ()):
+            for path in run_files(self.config.folder / f"trial-{number:04d}"):
                 path.rename(folder / path.name)
         environment = environment | {STORAGE_VARIABLE: self.storage.url}
         self.running[slot] = TrialProcess(trial, self.notebook, config, environment)

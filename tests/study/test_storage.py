@@ -6,6 +6,7 @@ import random
 import socket
 import sqlite3
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,52 @@ def test_ask_runs_a_lost_trial_again_with_its_parameters(stub_config: StudyConfi
     assert frozen.system_attrs["retry_history"] == [lost.number]
     assert frozen.user_attrs["retry"] == "trial 0 again, which was killed"
     assert frozen.user_attrs["origin"] == lost.user_attrs["origin"]
+
+
+def test_ask_runs_a_trial_again_whose_launcher_was_killed_before_it_told_the_score(stub_config: StudyConfig) -> None:
+    launcher = Launcher(stub_config)
+    trial = launcher._ask()
+    assert trial
+    for kind in ("complete", "pruned"):
+        trial.set_user_attr("outcome", kind)
+        with launcher._claim():  # as the next launcher does
+            pass
+        assert outcome_of(launcher.study.trials[trial.number]) == "killed"
+        again = launcher._ask()
+        assert again and again.params == trial.params
+        trial = again
+
+
+def test_start_finds_the_files_of_a_trial_whose_launcher_was_killed_while_it_moved_them(
+    stub_config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, rename, moved = Launcher(stub_config), Path.rename, []
+    monkeypatch.setattr("elmlib.study.study.TrialProcess", lambda *_: None)
+
+    def start_and_lose(number: int) -> Path:
+        trial = launcher._ask()
+        assert trial and trial.number == number
+        with suppress(InterruptedError):
+            launcher._start(trial, 0, {})
+        launcher.running.clear()
+        with launcher._claim():  # as the next launcher does
+            pass
+        return launcher.config.folder / f"trial-{number:04d}"
+
+    def rename_one(path: Path, to: Path) -> None:
+        if moved:
+            raise InterruptedError
+        moved.append(rename(path, to))
+
+    names = {"adapter_step_2.safetensors", "run_state_step_2.safetensors", "metrics.jsonl"}
+    folder = start_and_lose(0)
+    for name in names:
+        (folder / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_one)
+        start_and_lose(1)
+    assert moved and {path.name for path in folder.iterdir()} < names
+    assert {path.name for path in start_and_lose(2).iterdir()} == names
 
 
 def test_ask_takes_a_trial_for_lost_that_never_gave_a_sign_of_life(stub_config: StudyConfig) -> None:
