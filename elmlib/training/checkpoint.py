@@ -13,6 +13,7 @@ from torch import Tensor
 from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.models.adapter import BEST, EmbeddingAdapter, load_adapter, load_tensors, save_adapter, save_tensors
 
+_FILES = ("*_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json")  # that a run writes
 _STEP = re.compile(r"adapter_step_\d+\.safetensors")
 
 
@@ -56,8 +57,8 @@ def save_run(
     # Checkpoints of later steps belong to the run that this one was resumed from; they are not counted or deleted.
     own = [found for found in step_checkpoints(folder) if _step_of(found) <= state.step]
     for old in own[: -config.keep_checkpoints]:
-        old.unlink()
         _state_path(old).unlink(missing_ok=True)
+        old.unlink()  # last: while it is there, the next save finds both
     return path
 
 
@@ -95,11 +96,16 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in Path(folder).glob("adapter_step_*.safetensors") if _STEP.fullmatch(p.name)), key=_step_of)
 
 
+def remove_torn(folder: Path) -> None:
+    """Remove the unfinished files of a run that was killed while it wrote them."""
+    for path in [path for name in _FILES for path in Path(folder).glob(f".{name}.*.tmp")]:
+        path.unlink()
+
+
 def archive_run(folder: Path) -> Path | None:
     """Move an earlier run in `folder` into a subfolder, so that a new one neither mixes with nor replaces it; returns
     the subfolder, or None where there is no run."""
-    names = ("*_step_*", BEST, "metrics.jsonl", "predictions.jsonl", "result.json", "scorecard_*")
-    found = [path for name in names for path in Path(folder).glob(name)]
+    found = [path for name in (*_FILES, "scorecard_*") for path in Path(folder).glob(name)]
     if not found:
         return None
     number = next(n for n in itertools.count(1) if not (Path(folder) / f"earlier-run-{n}").exists())

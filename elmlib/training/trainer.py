@@ -102,6 +102,8 @@ class _Run:
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self.warned_of_single_row = False
         self.state = RunState(processes=self.world)
+        if self.accelerator.is_main_process:
+            checkpoint.remove_torn(self.folder)
         if resumed:
             checkpoint.check_same_run(resumed, config, self.fingerprint)
             self.state = checkpoint.load_run(

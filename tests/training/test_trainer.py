@@ -147,6 +147,26 @@ def test_a_finished_run_resumed_changes_nothing(tiny_config: SummaryTrainingConf
     assert train(replace(config, resume_from="latest")).last.read_bytes() == before
 
 
+def test_a_killed_run_leaves_no_file_for_good(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
+    folder, unlink = Path(tiny_config.checkpoint_dir), Path.unlink
+    whole = train(replace(tiny_config, checkpoint_dir=str(tmp_path / "whole"))).last.parent
+
+    def unlink_one(path: Path, missing_ok: bool = False) -> None:
+        if "_step_" in path.name and path.suffix != ".tmp":
+            patch.undo()
+            unlink(path, missing_ok)
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink_one)
+        train(tiny_config)
+    for name in [path.name for path in whole.iterdir()]:
+        (folder / f".{name}.7.tmp").touch()  # what a process 7 was writing
+    train(replace(tiny_config, resume_from="latest"))
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
 def scaled(predictions: Predictions, factor: float) -> Predictions:
     """The same predictions with another loss."""
     return predictions._replace(nll=predictions.nll * factor)
