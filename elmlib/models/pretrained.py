@@ -144,13 +144,13 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     llm = llm.requires_grad_(False).eval()
-    _fuse_norms(llm)
+    fuse_norms(llm)
     if shard:
         shard(llm)
     return llm.to(device), tokenizer
 
 
-def _fuse_norms(llm: "PreTrainedModel") -> None:
+def fuse_norms(llm: "PreTrainedModel") -> None:
     """Let one kernel compute each RMS norm, where it gives what the LLM's own code gives in six. On an H100 a step of
     Qwen3-4B then takes 0.7 of the time (papermill_runs/RESULTS.md)."""
     import torch

@@ -27,6 +27,7 @@ from elmlib.data import Batch, PromptBatch, PromptIds
 from elmlib.models.adapter import LinearMap, make_adapter
 from elmlib.models.elm import Sampling, SoftTokenModel
 from elmlib.models.plan import GIB, SHAPES, Shape, plan_step
+from elmlib.models.pretrained import fuse_norms
 from elmlib.study.trial import is_out_of_memory
 from elmlib.training.drift import DriftReadout
 from elmlib.training.losses import compute_losses, total_loss
@@ -113,6 +114,7 @@ class Check:
                 AutoConfig.for_model(sizes.pop("model_type"), **sizes), dtype=torch.bfloat16, attn_implementation="sdpa"
             )
         llm = llm.requires_grad_(False).eval()
+        fuse_norms(llm)  # as `load_llm` does
         adapter = make_adapter(self.config, llm.get_input_embeddings().weight).to(self.device)
         tokenizer: Any = SimpleNamespace(eos_token_id=0)
         self.model = SoftTokenModel(llm, tokenizer, adapter)
