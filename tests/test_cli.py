@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from elmlib import cli
-from elmlib.config import FilterConfig, InputError, SummaryTrainingConfig
+from elmlib.config import FilterConfig, SummaryTrainingConfig
 from elmlib.data.records import find_split
 from elmlib.study.study import StudyFailedError
 from elmlib.study.trial import open_storage

@@ -14,7 +14,7 @@ class CorpusConfig:
     """Where the texts come from and where the multi-task corpus goes."""
 
     source: str = "docstrings"
-    """`docstrings` (of the standard library and elmlib's dependencies), a JSONL file, or a Hugging Face dataset."""
+    """`docstrings` (of the standard library and a list of packages), a JSONL file, or a Hugging Face dataset."""
     output_dir: Path = Path("data/synthesis")  # Folder for `{split}_synthesis.jsonl`
     output_embeddings_dir: Path = Path("data/embeddings")  # Folder for `{split}_embeddings.safetensors`
     limit: int = 0  # Pairs to take, a seeded sample; 0 takes all

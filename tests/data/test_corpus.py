@@ -210,12 +210,20 @@ def test_processes_find_what_one_process_finds(tmp_path: Path, monkeypatch: pyte
     assert read_docstrings(files, progress=False) == one_process
 
 
-def test_source_files_are_modules_of_the_dependencies():
+def test_source_files_are_modules_of_the_listed_packages():
     files = sources.source_files()
     modules = {module for module, _ in files}
     assert files == sorted(files)
     assert {"json.decoder", "asyncio.queues", "numpy", "torch.nn.functional", "optuna.study.study"} <= modules
     assert not [it for it in modules if it.partition(".")[0] == "elmlib" or ".tests." in it or ".." in it]
+
+
+def test_the_sampled_packages_do_not_follow_the_requirements(monkeypatch: pytest.MonkeyPatch):
+    names = sources.PACKAGES.split()
+    assert sorted(set(names)) == names and len(names) > 150
+    monkeypatch.setattr(sources, "PACKAGES", "not-installed numpy")
+    assert [it.name for it in sources.documented_packages()] == ["numpy"]
+    assert "torch.nn.functional" not in {module for module, _ in sources.source_files()}
 
 
 @pytest.mark.heavy
