@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,18 @@ import optuna
 import pytest
 
 from elmlib import cli
-from elmlib.config import FilterConfig, SummaryTrainingConfig
-from elmlib.data.records import find_split
+from elmlib.config import FilterConfig, StudyPlace, SummaryTrainingConfig
+from elmlib.data.records import EmbeddingFile, cache_folder, find_split, read_records
+from elmlib.evaluation import sample_frame
+from elmlib.inference import Elm, generate_file, newest_run
+from elmlib.models import load_adapter
+from elmlib.study.results import storage_address
 from elmlib.study.study import StudyFailedError
 from elmlib.study.trial import open_storage
+from elmlib.training.loggers import read_metrics
 from elmlib.training.trainer import UnstableTrainingError, train
+
+TEXT_PATHS = ("summary_data_path", "checkpoint_dir", "resume_from", "data_dir", "llm_model_name", "source")
 
 
 def test_flags_reach_the_config() -> None:
@@ -201,13 +209,49 @@ def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["filter"])
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: a folder named ~ is made")
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "s.yaml").write_text("output_dir: ~/a\n")
+    (tmp_path / "s.json").write_text('{"resume_from": "~/c"}')
     for flags in (["--output-dir=~/a"], ["--config", str(tmp_path / "s.yaml")]):
         assert cli.parse(["filter", *flags]).config.output_dir == tmp_path / "a"
     assert cli.parse(["train", "--data-dir=~/b"]).config.summary_data_path == str(tmp_path / "b")
+    assert cli.parse(["train", "--config=~/s.json"]).config.resume_from == str(tmp_path / "c")
+    assert cli.parse(["train", "--data-dir=~/b"]).config.checkpoint_dir == "data/checkpoints"
+    with pytest.raises(SystemExit):
+        cli.main(["filter", "--output-dir=~no-such-user/a"])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ELMLIB_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+    for kind, _ in cli.COMMANDS.values():
+        hints = typing.get_type_hints(kind)
+        paths = {name: Path("~/x.csv") for name, hint in hints.items() if hint in (Path, Path | None)}
+        config = kind(**paths | {name: "~/x.csv" for name in TEXT_PATHS if name in hints and name not in paths})
+        for name in (*paths, *(name for name in TEXT_PATHS if name in hints)):
+            assert str(getattr(config, name)) == str(tmp_path / "x.csv"), name
+    address = storage_address(StudyPlace(storage="sqlite:///~/x/study.db"))
+    assert address == f"sqlite:///{tmp_path}/x/study.db"
+
+
+def test_a_tilde_is_the_home_folder_for_notebooks(
+    trained_run: Path, tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(tiny_config.summary_data_path)
+    (tmp_path / "run").symlink_to(trained_run)
+    assert load_adapter(Path("~/run")).step == load_adapter(Path("~/run/best_summary_model.safetensors")).step
+    assert newest_run({"~/run": "~/data"}) == ("~/run", "~/data")
+    split = find_split(Path("~/data"), "val")
+    with EmbeddingFile(Path("~/data/embeddings/val_embeddings.safetensors")) as file:
+        assert list(read_records(split.records, file.num_rows))
+    assert len(read_metrics(Path("~/run/metrics.jsonl"))) and len(sample_frame(Path("~/run/predictions.jsonl"), 1))
+    assert generate_file(Path("~/run"), Path("~/data/val_synthesis.jsonl"), Path("~/out/a.jsonl"), progress=False) == 24
+    Elm.from_pretrained("~/run").save_pretrained("~/saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "run", "out", "saved"}
 
 
 @pytest.mark.parametrize("case", ["a folder in the file's place", "a file in the folder's place", "a port in use"])

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elmlib.config.files import InputError, Preset, require
+from elmlib.config.files import InputError, Preset, Settings, require
 from elmlib.config.training import OFFLINE_EMBEDDER, SummaryTrainingConfig
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Settings):
     """Where the texts come from and where the multi-task corpus goes."""
 
     source: str = "docstrings"
@@ -29,6 +29,7 @@ class CorpusConfig:
     seed: int = 0  # Seed of the sample and of the split
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 0, "limit")
         require(self, 1, "embedding_batch_size")
         require(self, 0, "val_fraction", high=1)
@@ -40,7 +41,7 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(Settings):
     """Which records are kept, from where to where."""
 
     input_dir: Path = Path("data/synthesis")  # Folder with `{split}_synthesis.jsonl` of the multi-task corpus
@@ -55,7 +56,7 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidatesConfig:
+class CandidatesConfig(Settings):
     """How candidates are drawn."""
 
     candidates: int = 0  # Also draw this many candidates for each embedding and choose the nearest to it; 0: none
@@ -63,6 +64,7 @@ class CandidatesConfig:
     top_p: float = 0.95  # Of the candidates, above 0 to 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 0, "candidates")
         require(self, 1e-6, "temperature")
         require(self, 1e-6, "top_p", high=1)
@@ -86,7 +88,7 @@ class GenerateConfig(CandidatesConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What to score against what."""
 
     predictions: Path  # What `elm generate` wrote
@@ -97,6 +99,7 @@ class EvaluateConfig:
     seed: int = 0  # Seed of the shuffled control
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 1, "bertscore_batch_size")
 
 
@@ -111,14 +114,14 @@ class ReportConfig(CandidatesConfig):
     output: Path | None = None  # CSV file for the table; a picture goes beside it, with the same name and `.png`
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.output and self.output.suffix == ".png":
             raise InputError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
-        super().__post_init__()
         require(self, 0, "samples")
 
 
 @dataclass(frozen=True)
-class StudyPlace:
+class StudyPlace(Settings):
     """Where a study is."""
 
     study_name: str = "elm-summary-optimization"  # Name of the study; `elm study` goes on with one that exists
@@ -128,6 +131,7 @@ class StudyPlace:
     ELM_STUDY_STORAGE or else a SQLite file in the study's folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"[\w.-]+", self.study_name):
             raise InputError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
 

@@ -34,6 +34,18 @@ class InputError(ValueError):
     line prints it as one line; every other error is a bug or the machine's and keeps its traceback."""
 
 
+class Settings:
+    """What the settings of every command have in common: `~` at the start of a path or name is the home folder."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str | Path) and str(value).startswith("~"):
+                try:
+                    object.__setattr__(self, name, type(value)(Path(value).expanduser()))
+                except RuntimeError as error:
+                    raise InputError(f"{name} is {str(value)!r}; there is no such home folder") from error
+
+
 def require(config: Any, low: float, *names: str, high: float = float("inf")) -> None:
     """Raise InputError unless each of the fields `names` of `config` lies between `low` and `high`."""
     for name in names:
@@ -47,7 +59,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     naming it, for one that is broken or holds no mapping."""
     import yaml
 
-    path = Path(path)
+    path = Path(path).expanduser()
     is_yaml = path.suffix in (".yaml", ".yml")
     try:
         text = path.read_text(encoding="utf-8")

@@ -77,7 +77,8 @@ def read_records(path: Path, num_rows: int) -> Iterator[Record]:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise InputError(f"{path} does not exist")
     empty = True
     with open(path, "rb") as file:
@@ -107,7 +108,7 @@ class EmbeddingFile:
     before any row is read; InputError names it."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = path = Path(path).expanduser()
         if not self.path.is_file():
             raise InputError(f"{path} does not exist")
         try:
@@ -172,7 +173,7 @@ def write_embeddings(
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -214,7 +215,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
 
 def cache_folder() -> Path:
     """The folder of cached models and results: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
-    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
+    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib")).expanduser()
 
 
 class SplitPaths(NamedTuple):
@@ -250,7 +251,7 @@ def find_embeddings(records: Path) -> Path:
 
 
 def _first_existing(folders: list[Path], name: str, hint: str = "") -> Path:
-    paths = [folder / name for folder in folders]
+    paths = [folder.expanduser() / name for folder in folders]
     for path in paths:
         if path.is_file():
             return path

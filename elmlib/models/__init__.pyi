@@ -1,5 +1,5 @@
 from .adapter import BEST as BEST, EmbeddingAdapter as EmbeddingAdapter, LinearMap as LinearMap
-from .adapter import load_adapter as load_adapter, save_adapter as save_adapter
+from .adapter import find_adapter as find_adapter, load_adapter as load_adapter, save_adapter as save_adapter
 from .elm import Sampling as Sampling, SoftTokenModel as SoftTokenModel, build_model as build_model
 from .plan import plan_training as plan_training
 from .pretrained import default_device as default_device, encode as encode, load_embedder as load_embedder

@@ -55,7 +55,7 @@ def test_lists_switches_and_nothings_come_through(tmp_path: Path) -> None:
         ("s.json", '{"limt": 7}', "unknown setting limt; known are source"),
         ("s.json", "{", "not valid JSON"),
         ("s.yaml", "a: [", "not valid YAML"),
-        ("s.yaml", "- 1", "expected one mapping of settings, found list"),
+        ("s.yaml", "- 1", "expected one mapping of settings, found [1]"),
     ],
 )
 def test_a_bad_file_is_named(
