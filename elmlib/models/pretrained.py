@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
 HUB_TIMEOUT = 10.0
+_COUNTED = 1000  # texts tokenised at once
 
 
 class Wheel(NamedTuple):
@@ -199,6 +200,15 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
         raise InputError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
     return vectors.astype(np.float32, copy=False)
+
+
+def count_cut(embedder: "SentenceTransformer", texts: Sequence[str]) -> int:
+    """How many of `texts` are longer than the embedder reads, in tokens; it cuts them in silence."""
+    longest, cut = embedder.max_seq_length or float("inf"), 0
+    for start in range(0, len(texts), _COUNTED):
+        ids = embedder.tokenizer(list(texts[start : start + _COUNTED]), truncation=False, verbose=False).input_ids
+        cut += sum(len(row) > longest for row in ids)
+    return cut
 
 
 def default_device() -> "torch.device":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -551,6 +552,11 @@ def test_a_folder_without_data_is_named(tmp_path: Path):
         dataset_pairs(make_config(tmp_path, tmp_path / "hollow"))
 
 
+def test_a_split_without_a_vector_of_its_own_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no pairs for val_synthesis\.jsonl: texts of other splits"):
+        build_corpus(make_config(tmp_path), lambda texts: np.ones((len(texts), DIM)), progress=False)
+
+
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN"), (0.0, "all zero")])
 def test_bad_vectors_are_refused(tmp_path: Path, value: float, message: str):
     config = make_config(tmp_path)
@@ -567,9 +573,6 @@ def test_vectors_of_another_size_are_not_mixed(tmp_path: Path):
         build_corpus(config, lambda texts: np.ones((len(texts), 3), np.float32), progress=False)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="FAULTS D: texts that are alike as far as the embedder reads stand in two splits"
-)
 def test_texts_of_one_vector_stand_in_one_split(tmp_path: Path):
     def embed_opening(texts: list[str]) -> np.ndarray:
         return embed([text[:200] for text in texts])
@@ -577,13 +580,17 @@ def test_texts_of_one_vector_stand_in_one_split(tmp_path: Path):
     rows = [{"text": f"{LONG} {i}", "summary": f"Summary {i}."} for i in range(20)]
     rows += [{"text": f"Text {i}", "summary": f"Of text {i}."} for i in range(20)]
     config = make_config(tmp_path, write_jsonl(tmp_path / "own.jsonl", rows), group_field="")
-    build_corpus(config, embed_opening, progress=False)
+    report = build_corpus(config, embed_opening, progress=False)
+    assert report.repeated > 0 and sum(split["pairs"] for split in report.splits.values()) == 40 - report.repeated
+    assert f"{report.repeated} texts left out" in report.summary()
+    about = (config.output_dir / "corpus.json").read_bytes()
+    again = build_corpus(config, embed_opening, progress=False)
+    assert again == replace(report, reused=list(SPLITS)) and (config.output_dir / "corpus.json").read_bytes() == about
     folders = config.output_dir, config.output_embeddings_dir
     out = tmp_path / "filtered"
     filter_corpus(FilterConfig(*folders, output_dir=out, output_embeddings_dir=out), progress=False)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: texts longer than the embedder reads are cut in silence")
 def test_texts_that_the_embedder_cuts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [{"text": f"{i} " + "word " * (300 if i < 3 else 3), "summary": f"Summary {i}."} for i in range(12)]
     source = write_jsonl(tmp_path / "own.jsonl", rows)
