@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -139,7 +140,7 @@ def load_llm(
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    with quiet_bars():
+    with _loading(place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     llm = llm.requires_grad_(False).eval()
@@ -189,7 +190,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
     from sentence_transformers import SentenceTransformer
 
     place = locate(name, revision)
-    with quiet_bars():
+    with _loading(place):
         embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
     return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
 
@@ -244,6 +245,23 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    """`quiet_bars`, and InputError with the folder or hub id for weights, settings or a tokenizer that do not load."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_bars():
+            yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the model's
+        raise
+    except (ImportError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]  # some list all families of models
+        hint = "" if isinstance(error, ImportError) else "; if its files are git-lfs pointers, run `git lfs pull` there"
+        raise InputError(f"{place} cannot be loaded: {reason}{hint}") from error
 
 
 def wheel_file(name: str) -> Path:
