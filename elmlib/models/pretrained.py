@@ -140,7 +140,7 @@ def load_llm(
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    with _loading(place):
+    with loading(place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     llm = llm.requires_grad_(False).eval()
@@ -190,7 +190,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
     from sentence_transformers import SentenceTransformer
 
     place = locate(name, revision)
-    with _loading(place):
+    with loading(place):
         embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
     return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
 
@@ -234,34 +234,26 @@ def native_bf16(device: "torch.device | str") -> bool:
 
 
 @contextmanager
-def quiet_bars() -> Iterator[None]:
-    """No progress bars of transformers inside the block: they would break the caller's own."""
+def loading(place: str) -> Iterator[None]:
+    """No progress bars of transformers inside the block, which would break the caller's own; weights, settings and
+    tokenizers that cannot be loaded are an InputError with `place`, their folder or hub id."""
+    import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _loading(place: str) -> Iterator[None]:
-    """`quiet_bars`, and InputError with the folder or hub id for weights, settings or a tokenizer that do not load."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        with quiet_bars():
-            yield
     except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the model's
         raise
     except (ImportError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]  # some list all families of models
         hint = "" if isinstance(error, ImportError) else "; if its files are git-lfs pointers, run `git lfs pull` there"
         raise InputError(f"{place} cannot be loaded: {reason}{hint}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def wheel_file(name: str) -> Path:
@@ -293,7 +285,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     logger.info("converting %s to safetensors under %s: once, about 20 s", gguf.name, folder.parent)
     place = str(gguf.parent)
-    with quiet_bars():
+    with loading(place):
         AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
         read = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32)
         # save_pretrained refuses a model that was read from a GGUF, so its weights move into one that was not.
