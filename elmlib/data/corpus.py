@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from elmlib.config import CorpusConfig, InputError
 from elmlib.data import records
+from elmlib.data.filtering import hash_rows
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, EmbeddingFile, Record, SplitPaths
 from elmlib.data.sources import Pair, documented_packages, read_source
@@ -93,8 +94,7 @@ def build_corpus(
         files[split] = _digests(paths[split])
         records.write_json(about, metadata | {"files": files})
         with EmbeddingFile(paths[split].embeddings) as file:
-            for start in range(0, file.num_rows, _COPY_ROWS):
-                vectors.update(_hashes(file.rows(start, min(start + _COPY_ROWS, file.num_rows))))
+            vectors.update(hash_rows(file, progress=False)[0])
     for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
         stale.unlink()
     texts = [pair.text for split in SPLITS for pair in kept[split]]
@@ -198,22 +198,16 @@ def _write_split(
 ) -> list[Pair]:  # fmt: skip
     """Write the records and embeddings of those of `pairs` whose vector is not among `vectors`; return them."""
     stored, place = _embed_texts(paths.embeddings, [pair.text for pair in pairs], config, embed, progress)
-    rows = [row for row, at in enumerate(place) if _hashes(stored[at : at + 1])[0] not in vectors]
+    rows = [row for row, at in enumerate(place) if hash((stored[at] + 0.0).tobytes()) not in vectors]  # as `hash_rows`
     if not rows:
-        raise InputError(
-            f"no pairs for {paths.records.name}: texts of other splits have the same vectors as all {len(pairs)}; "
-            "expected texts that differ as far as the embedder reads"
-        )
+        same = f"all {len(pairs)} texts have the vector of a text in another split"
+        raise InputError(f"no pairs for {paths.records.name}: {same}; expected texts that begin differently")
     with records.atomic_path(paths.records) as temporary, open(temporary, "wb") as file:
         for new, row in enumerate(rows):
             file.writelines(record.to_line() for record in pair_records(pairs[row], new))
     chunks = (stored[place[rows[at : at + _COPY_ROWS]]].tobytes() for at in range(0, len(rows), _COPY_ROWS))
     records.write_embeddings(paths.embeddings, (len(rows), stored.shape[1]), chunks, metadata=metadata)
     return [pairs[row] for row in rows]
-
-
-def _hashes(rows: np.ndarray) -> list[int]:
-    return [hash(row.tobytes()) for row in rows + 0.0]  # -0.0 becomes 0.0, its equal
 
 
 def _embed_texts(

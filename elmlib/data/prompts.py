@@ -65,19 +65,20 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str]:
     system turn: the first form that keeps the text is taken."""
     from jinja2 import TemplateError
 
-    def render(*turns: tuple[str, str], **options: Any) -> str:
-        content = [[{"type": "text", "text": words}] if as_parts else words for _, words in turns]
-        chat = [{"role": role, "content": it} for (role, _), it in zip(turns, content, strict=True)]
+    def render(**turns: str) -> str:
+        parts = {role: [{"type": "text", "text": words}] if as_parts else words for role, words in turns.items()}
+        chat = [{"role": role, "content": content} for role, content in parts.items()]
         # Hybrid models (Qwen3) would think aloud before the answer; other templates do not know the variable.
-        return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)
+        options = {"add_generation_prompt": "assistant" not in turns, "enable_thinking": False}
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
 
     problem = ""
-    for as_parts, system in product((False, True), ([], [("system", "You are a helpful assistant.")])):
+    for as_parts, system in product((False, True), ({}, {"system": "You are a helpful assistant."})):
         try:
-            question = render(*system, ("user", text), add_generation_prompt=True)
+            question = render(**system, user=text)
             # A template that writes strings would write the list of parts as Python does, its newlines escaped.
             if (count := question.count(text.strip() if as_parts else _MARK)) == 1:
-                return question, render(*system, ("user", text), ("assistant", _MARK))
+                return question, render(**system, user=text, assistant=_MARK)
             problem = problem or f"writes the user's text {count} times, expected once"
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             problem = problem or f"raises {type(error).__name__}: {error}"

