@@ -1,6 +1,7 @@
 """Flags and files become settings; bad input is one line and an exit code; every command runs."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -276,3 +277,45 @@ def test_an_error_of_the_system_is_one_line(
             cli.main(arguments)
     assert stopped.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("elm: error: ")
+
+
+@pytest.mark.parametrize("size", [100, 2000, 8000])
+@pytest.mark.parametrize("name", ["corpus", "filter", "train", "generate", "report", "evaluate"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    name: str, size: int, small_data: Path, trained_run: Path, tiny_config: SummaryTrainingConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ELMLIB_CACHE", str(tmp_path / "cache"))
+    out, records = tmp_path / "out", find_split(small_data, "test").records
+    (tmp_path / "s.json").write_text(replace(tiny_config, max_epochs=1, checkpoint_dir=str(out)).to_json())
+    rows = [{"text": f"Text {i} of many.", "summary": f"Summary {i}.", "prediction": f"Text {i}."} for i in range(24)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, data = str(tmp_path / "t.jsonl"), ["--input-dir", str(records.parent), "--input-embeddings-dir"]
+    share = ["--val-fraction", "0.3", "--test-fraction", "0.3"]
+    flags = {
+        "corpus": ["--source", text, "--output-dir", str(out), "--output-embeddings-dir", str(out), *share],
+        "filter": [*data, str(small_data / "embeddings"), f"--output-dir={out}/a", f"--output-embeddings-dir={out}/b"],
+        "train": ["--config", str(tmp_path / "s.json")],
+        "generate": ["--checkpoint", str(trained_run), "--input", str(records), "--output", str(out / "o.jsonl")],
+        "report": ["--checkpoint", str(trained_run), "--data-dir", str(small_data), "--output", str(out / "o.csv")],
+        "evaluate": ["--predictions", text, "--references", str(records), "--output", str(out / "o.json")],
+    }[name]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # no file may be longer, as on a full disk
+    code: object = 0
+    try:
+        cli.main([name, *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert (size > 100 and name in ("generate", "evaluate")) or (
+        code == 1 and told.startswith("elm: error: ") and "File too large" in told
+    )
+    left = {path.name for path in out.rglob("*") if path.is_file()} if out.exists() else set()
+    left = {it for it in left if not it.endswith(".partial")}  # of a corpus: whole batches, from which it goes on
+    assert left <= (
+        {"o.jsonl", "o.jsonl.about.json", "o.json"} if code == 0 else {"metrics.jsonl", "o.jsonl.about.json"}
+    )
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -177,10 +177,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with _writing(path.parent):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk is an OSError with the folder: Python names no file, and safetensors has an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -207,8 +220,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed build: the lock is ours
         temporary.mkdir()
         try:
-            build(temporary)
-            temporary.rename(target)
+            with _writing(target.parent):
+                build(temporary)
+                temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
