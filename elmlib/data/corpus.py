@@ -196,25 +196,9 @@ def _write_split(
     paths: SplitPaths, pairs: list[Pair], vectors: set[int], config: CorpusConfig, embed: Embed,
     metadata: dict[str, str], progress: bool,
 ) -> list[Pair]:  # fmt: skip
-    """Write the records and embeddings of those of `pairs` whose vector is not among `vectors`; return them."""
-    stored, place = _embed_texts(paths.embeddings, [pair.text for pair in pairs], config, embed, progress)
-    rows = [row for row, at in enumerate(place) if hash((stored[at] + 0.0).tobytes()) not in vectors]  # as `hash_rows`
-    if not rows:
-        same = f"all {len(pairs)} texts have the vector of a text in another split"
-        raise InputError(f"no pairs for {paths.records.name}: {same}; expected texts that begin differently")
-    with records.atomic_path(paths.records) as temporary, open(temporary, "wb") as file:
-        for new, row in enumerate(rows):
-            file.writelines(record.to_line() for record in pair_records(pairs[row], new))
-    chunks = (stored[place[rows[at : at + _COPY_ROWS]]].tobytes() for at in range(0, len(rows), _COPY_ROWS))
-    records.write_embeddings(paths.embeddings, (len(rows), stored.shape[1]), chunks, metadata=metadata)
-    return [pairs[row] for row in rows]
-
-
-def _embed_texts(
-    path: Path, texts: list[str], config: CorpusConfig, embed: Embed, progress: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of texts and the row of each text among them. The longest texts are embedded first, so that a batch
-    is of equal lengths, and each batch is stored in a file."""
+    """Write the records and embeddings of those of `pairs` whose vector is not among `vectors`; return them. The
+    longest texts are embedded first, so that a batch is of equal lengths, and each batch is stored."""
+    path, texts = paths.embeddings, [pair.text for pair in pairs]
     size, name = config.embedding_batch_size, path.name.removesuffix(".safetensors")
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     key = _digest([config.embedding_model_name, *(texts[row] for row in order)])
@@ -238,4 +222,14 @@ def _embed_texts(
                 file.write(rows.tobytes())
             bar.update(len(rows))
     assert partial is not None, path  # no split is empty
-    return np.memmap(partial, np.float32, "r").reshape(len(texts), -1), np.argsort(order)
+    stored, place = np.memmap(partial, np.float32, "r").reshape(len(texts), -1), np.argsort(order)
+    own = [row for row, at in enumerate(place) if hash((stored[at] + 0.0).tobytes()) not in vectors]  # as `hash_rows`
+    if not own:
+        same = f"all {len(pairs)} texts have the vector of a text in another split"
+        raise InputError(f"no pairs for {paths.records.name}: {same}; expected texts that begin differently")
+    with records.atomic_path(paths.records) as temporary, open(temporary, "wb") as out:
+        for new, row in enumerate(own):
+            out.writelines(record.to_line() for record in pair_records(pairs[row], new))
+    chunks = (stored[place[own[at : at + _COPY_ROWS]]].tobytes() for at in range(0, len(own), _COPY_ROWS))
+    records.write_embeddings(path, (len(own), stored.shape[1]), chunks, metadata=metadata)
+    return [pairs[row] for row in own]

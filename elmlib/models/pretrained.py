@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
 HUB_TIMEOUT = 10.0
-_COUNTED = 1000  # texts tokenised at once
 
 
 class Wheel(NamedTuple):
@@ -205,11 +204,10 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
 
 def count_cut(embedder: "SentenceTransformer", texts: Sequence[str]) -> int:
     """How many of `texts` are longer than the embedder reads, in tokens; it cuts them in silence."""
-    longest, cut = embedder.max_seq_length or float("inf"), 0
-    for start in range(0, len(texts), _COUNTED):
-        ids = embedder.tokenizer(list(texts[start : start + _COUNTED]), truncation=False, verbose=False).input_ids
-        cut += sum(len(row) > longest for row in ids)
-    return cut
+    longest = embedder.max_seq_length or float("inf")
+    if longest == float("inf"):  # a static embedder, whose tokenizer cannot be called
+        return 0
+    return sum(len(embedder.tokenizer(text, verbose=False).input_ids) > longest for text in texts)
 
 
 def default_device() -> "torch.device":

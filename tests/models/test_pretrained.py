@@ -13,6 +13,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -26,7 +28,17 @@ from transformers import (
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
 from elmlib.data.records import build_once
 from elmlib.models import pretrained
-from elmlib.models.pretrained import check_llm, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+from elmlib.models.pretrained import (
+    check_llm,
+    count_cut,
+    encode,
+    find,
+    load_embedder,
+    load_llm,
+    locate,
+    native_bf16,
+    public_name,
+)
 
 MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
 
@@ -300,3 +312,11 @@ def test_an_encoder_is_no_llm():
     llm = BertLMHeadModel(BertConfig(num_hidden_layers=2, initializer_range=0.2, **shape)).requires_grad_(False).eval()
     with pytest.raises(InputError, match=r"choose another LLM$"):
         check_llm(llm)
+
+
+def test_count_cut_counts_texts_longer_than_the_embedder_reads():
+    embedder = load_embedder(OFFLINE_EMBEDDER, "cpu")
+    texts = ["word " * count for count in (1, 254, 255, 256, 3000)]  # and two tokens around them, of 256
+    assert count_cut(embedder, texts) == 3
+    static = StaticEmbedding(embedder.tokenizer, embedding_dim=8)
+    assert count_cut(SentenceTransformer(modules=[static], device="cpu"), texts) == 0
