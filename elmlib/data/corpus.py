@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from elmlib.config import CorpusConfig, InputError
 from elmlib.data import records
+from elmlib.data.filtering import hash_rows
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, EmbeddingFile, Record, SplitPaths
-from elmlib.data.sources import Pair, dependencies, read_source
+from elmlib.data.sources import Pair, documented_packages, read_source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,8 @@ class CorpusReport:
     found: int  # pairs before duplicates were dropped and `limit` was applied
     dropped: int  # texts and summaries that repeated an earlier one
     skipped: list[str]  # `module: reason` of each source file that could not be read
+    repeated: int  # texts left out because a text of an earlier split has their vector
+    cut: int  # texts longer than the embedder reads
     splits: dict[str, dict[str, int]]  # number of groups, pairs, and records of each task
     reused: list[str]  # splits that were complete on disk and were left as they were
 
@@ -50,17 +53,22 @@ class CorpusReport:
         return pd.DataFrame.from_dict(self.splits, orient="index").rename_axis("split")
 
     def summary(self) -> str:
-        """One line: what was found, dropped, skipped and reused."""
+        """One line: what was found, dropped, skipped, cut and reused."""
         return (
             f"{self.found} pairs found, {self.dropped} duplicates dropped, {len(self.skipped)} files skipped, "
+            f"{self.repeated} texts left out that have the vector of a text in an earlier split, "
+            f"{self.cut} texts longer than the embedder reads, "
             f"fingerprint {self.fingerprint}, reused: {', '.join(self.reused) or 'nothing'}"
         )
 
 
-def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> CorpusReport:
+def build_corpus(
+    config: CorpusConfig, embed: Embed, progress: bool = True, count_cut: Callable[[list[str]], int] | None = None
+) -> CorpusReport:
     """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are. `embed` turns texts
-    into float32 rows. A stopped build resumes at the first batch that was not stored. Raises InputError
-    for a bad source, an empty split and a vector that is not finite or all zero."""
+    into float32 rows, and `count_cut` counts those longer than it reads. No vector stands in two splits. A stopped
+    build resumes at the first batch that was not stored. Raises InputError for a bad source, an empty split and a
+    vector that is not finite or all zero."""
     found, skipped = read_source(config, progress)
     pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
     if 0 < config.limit < len(pairs):
@@ -70,26 +78,34 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     metadata = {"embedding_model": config.embedding_model_name, "fingerprint": fingerprint}
     about = config.output_dir / "corpus.json"
     paths = {split: records.split_paths(config.output_dir, config.output_embeddings_dir, split) for split in SPLITS}
-    reused = [split for split in SPLITS if _is_finished(about, paths[split], metadata)]
-    counts = {split: _counts(splits[split]) for split in SPLITS}
-    report = CorpusReport(fingerprint, len(found), dropped, skipped, counts, reused)
+    finished = {split: _finished(about, paths[split], metadata, splits[split]) for split in SPLITS}
+    reused = [split for split in SPLITS if finished[split]]
+    files = {split: _digests(paths[split]) for split in reused}
 
     # Stale files go first and embeddings come last, so embeddings on disk always belong to the records beside them.
-    new = {split: paths[split] for split in SPLITS if split not in reused}
-    for path in (path for both in new.values() for path in both):
+    for path in (path for split in SPLITS if split not in reused for path in paths[split]):
         path.unlink(missing_ok=True)
-    values = asdict(report)
-    del values["reused"]  # a corpus built in two runs is the same corpus
-    values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
-    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
-    records.write_json(about, values)
-    for split, both in new.items():
-        with records.atomic_path(both.records) as temporary, open(temporary, "wb") as file:
-            for row, pair in enumerate(splits[split]):
-                file.writelines(record.to_line() for record in pair_records(pair, row))
-        _write_embeddings(both.embeddings, [pair.text for pair in splits[split]], config, embed, metadata, progress)
+    kept: dict[str, list[Pair]] = {}
+    vectors: set[int] = set()  # hashes; texts that are alike as far as the embedder reads have one vector
+    for split in SPLITS:
+        kept[split] = finished[split] or _write_split(
+            paths[split], splits[split], vectors, config, embed, metadata, progress
+        )
+        files[split] = _digests(paths[split])
+        records.write_json(about, metadata | {"files": files})
+        with EmbeddingFile(paths[split].embeddings) as file:
+            vectors.update(hash_rows(file, progress=False)[0])
     for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
         stale.unlink()
+    texts = [pair.text for split in SPLITS for pair in kept[split]]
+    repeated, cut = sum(map(len, splits.values())) - len(texts), count_cut(texts) if count_cut else 0
+    counts = {split: _counts(kept[split]) for split in SPLITS}
+    report = CorpusReport(fingerprint, len(found), dropped, skipped, repeated, cut, counts, reused)
+    values = metadata | asdict(report) | {"files": dict(sorted(files.items()))}
+    del values["reused"]  # a corpus built in two runs is the same corpus
+    values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
+    values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in documented_packages()}
+    records.write_json(about, values)
     return report
 
 
@@ -154,13 +170,20 @@ def pair_records(pair: Pair, row: int) -> Iterator[Record]:
             yield Record(task, TASK_TEMPLATES[task], row, target, variation, 0.0, 1.0, count, pair.source_id, pair.text)
 
 
-def _is_finished(about: Path, paths: SplitPaths, metadata: dict[str, str]) -> bool:
+def _finished(about: Path, paths: SplitPaths, metadata: dict[str, str], pairs: list[Pair]) -> list[Pair]:
+    """Those of `pairs` that stand in a split that an earlier build finished; none where it is absent or changed."""
     try:
-        known = json.loads(about.read_bytes())["fingerprint"] == metadata["fingerprint"]
-        with EmbeddingFile(paths.embeddings) as file:
-            return known and file.metadata == metadata and paths.records.is_file()
-    except (FileNotFoundError, KeyError, TypeError, ValueError):  # absent or damaged: built again
-        return False
+        known = json.loads(about.read_bytes())
+        if not metadata.items() <= known.items() or _digests(paths) not in known["files"].values():
+            return []
+        sources = {record.source_id for record in records.read_records(paths.records, len(pairs))}
+        return [pair for pair in pairs if pair.source_id in sources]
+    except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):  # absent or damaged: built again
+        return []
+
+
+def _digests(paths: SplitPaths) -> list[str]:
+    return [records.file_digest(path)[:16] for path in paths]
 
 
 def _counts(pairs: list[Pair]) -> dict[str, int]:
@@ -169,10 +192,13 @@ def _counts(pairs: list[Pair]) -> dict[str, int]:
     return sizes | {task: tasks[task] for task in TASK_TEMPLATES}
 
 
-def _write_embeddings(
-    path: Path, texts: list[str], config: CorpusConfig, embed: Embed, metadata: dict[str, str], progress: bool
-) -> None:
-    """Embed the longest texts first, so that a batch is of equal lengths; store each batch; then restore the order."""
+def _write_split(
+    paths: SplitPaths, pairs: list[Pair], vectors: set[int], config: CorpusConfig, embed: Embed,
+    metadata: dict[str, str], progress: bool,
+) -> list[Pair]:  # fmt: skip
+    """Write the records and embeddings of those of `pairs` whose vector is not among `vectors`; return them. The
+    longest texts are embedded first, so that a batch is of equal lengths, and each batch is stored."""
+    path, texts = paths.embeddings, [pair.text for pair in pairs]
     size, name = config.embedding_batch_size, path.name.removesuffix(".safetensors")
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     key = _digest([config.embedding_model_name, *(texts[row] for row in order)])
@@ -196,7 +222,14 @@ def _write_embeddings(
                 file.write(rows.tobytes())
             bar.update(len(rows))
     assert partial is not None, path  # no split is empty
-    stored = np.memmap(partial, np.float32, "r").reshape(len(texts), -1)
-    place = np.argsort(order)  # text -> its row in `stored`
-    chunks = (stored[place[at : at + _COPY_ROWS]].tobytes() for at in range(0, len(texts), _COPY_ROWS))
-    records.write_embeddings(path, stored.shape, chunks, metadata=metadata)
+    stored, place = np.memmap(partial, np.float32, "r").reshape(len(texts), -1), np.argsort(order)
+    own = [row for row, at in enumerate(place) if hash((stored[at] + 0.0).tobytes()) not in vectors]  # as `hash_rows`
+    if not own:
+        same = f"all {len(pairs)} texts have the vector of a text in another split"
+        raise InputError(f"no pairs for {paths.records.name}: {same}; expected texts that begin differently")
+    with records.atomic_path(paths.records) as temporary, open(temporary, "wb") as out:
+        for new, row in enumerate(own):
+            out.writelines(record.to_line() for record in pair_records(pairs[row], new))
+    chunks = (stored[place[own[at : at + _COPY_ROWS]]].tobytes() for at in range(0, len(own), _COPY_ROWS))
+    records.write_embeddings(path, (len(own), stored.shape[1]), chunks, metadata=metadata)
+    return [pairs[row] for row in own]

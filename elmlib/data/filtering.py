@@ -142,7 +142,7 @@ class _Split:
         task, vectors = self.config.task_type, self.vectors
         folders = self.config.output_dir, self.config.output_embeddings_dir
         new_records, new_vectors = map(self.output, records.split_paths(*folders, self.name))
-        hashes, usable = _hash_rows(vectors, progress)
+        hashes, usable = hash_rows(vectors, progress)
         index_map = array("q", [-1]) * vectors.num_rows
         kept_rows = array("q")  # old rows in the order of the new ones
         tasks, variations, temperatures = Counter({task: 0}), Counter[str](), Counter[str]()
@@ -225,7 +225,7 @@ def _count(counter: Counter[str], value: str) -> None:
     counter[value if value in counter or len(counter) < _MAX_VALUES else "others"] += 1
 
 
-def _hash_rows(vectors: EmbeddingFile, progress: bool) -> tuple[array, np.ndarray]:
+def hash_rows(vectors: EmbeddingFile, progress: bool) -> tuple[array, np.ndarray]:
     """The hash of each vector, and whether it is finite and not all zero."""
     hashes, usable = array("q"), np.empty(vectors.num_rows, bool)
     step = max(1, _BLOCK_BYTES // (4 * vectors.dim))

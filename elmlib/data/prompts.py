@@ -1,5 +1,6 @@
 """The chat prompt of each task, cut where the text goes; all constants of the prompt format are here."""
 
+from itertools import product
 from typing import Any, NamedTuple
 
 from elmlib.config import InputError, SoftTokenPosition
@@ -38,21 +39,47 @@ def check_template(template: str) -> None:
 
 def prompt_ids(tokenizer: Any, template: str) -> PromptIds:
     """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot. Raises InputError for a
-    template without the slot and for a tokenizer without a chat template."""
+    template without the slot, and for a tokenizer whose chat format is missing or of no use."""
     check_template(template)
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model")
-    user = {"role": "user", "content": template.replace(SLOT, _MARK)}
-    question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    question, chat = _render(tokenizer, template.replace(SLOT, _MARK))
     before, behind = question.split(_MARK)
-    chat = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _MARK}], tokenize=False)
-    closing = tokenizer(chat.rsplit(_MARK, 1)[1], add_special_tokens=False).input_ids
+    # A template may drop the assistant's words; what ends a turn is then unknown.
+    closing = tokenizer(chat.split(_MARK)[-1] if chat.count(_MARK) > 1 else "", add_special_tokens=False).input_ids
     # Some templates close a turn without a special token; the answer then ends with the tokenizer's own EOS.
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     end_of_turn = next((token for token in closing if token in special), tokenizer.eos_token_id)
+    if end_of_turn is None:
+        raise InputError(f"{tokenizer.name_or_path!r} has no token that ends a turn and no EOS; use an instruct model")
     # The chat template writes BOS itself where the model wants one, so the tokenizer must not add a second.
     return PromptIds(
         tokenizer(before, add_special_tokens=False).input_ids,
         tokenizer(behind, add_special_tokens=False).input_ids,
         end_of_turn,
     )
+
+
+def _render(tokenizer: Any, text: str) -> tuple[str, str]:
+    """A chat that asks `text`, and the same chat with an answer. Some templates take text parts only, and some want a
+    system turn: the first form that keeps the text is taken."""
+    from jinja2 import TemplateError
+
+    def render(**turns: str) -> str:
+        parts = {role: [{"type": "text", "text": words}] if as_parts else words for role, words in turns.items()}
+        chat = [{"role": role, "content": content} for role, content in parts.items()]
+        # Hybrid models (Qwen3) would think aloud before the answer; other templates do not know the variable.
+        options = {"add_generation_prompt": "assistant" not in turns, "enable_thinking": False}
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+    problem = ""
+    for as_parts, system in product((False, True), ({}, {"system": "You are a helpful assistant."})):
+        try:
+            question = render(**system, user=text)
+            # A template that writes strings would write the list of parts as Python does, its newlines escaped.
+            if (count := question.count(text.strip() if as_parts else _MARK)) == 1:
+                return question, render(**system, user=text, assistant=_MARK)
+            problem = problem or f"writes the user's text {count} times, expected once"
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            problem = problem or f"raises {type(error).__name__}: {error}"
+    raise InputError(f"the chat template of {tokenizer.name_or_path!r} {problem}; use another instruct model")

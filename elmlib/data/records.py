@@ -77,7 +77,8 @@ def read_records(path: Path, num_rows: int) -> Iterator[Record]:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line without its end) of a text file, without BOM, CR and blank lines."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise InputError(f"{path} does not exist")
     empty = True
     with open(path, "rb") as file:
@@ -107,7 +108,7 @@ class EmbeddingFile:
     before any row is read; InputError names it."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = path = Path(path).expanduser()
         if not self.path.is_file():
             raise InputError(f"{path} does not exist")
         try:
@@ -179,14 +180,27 @@ def write_embeddings(
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with _writing(path.parent):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk is an OSError with the folder: Python names no file, and safetensors has an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -213,15 +227,16 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed build: the lock is ours
         temporary.mkdir()
         try:
-            build(temporary)
-            temporary.rename(target)
+            with _writing(target.parent):
+                build(temporary)
+                temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cache_folder() -> Path:
     """The folder of cached models and results: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
-    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
+    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib")).expanduser()
 
 
 class SplitPaths(NamedTuple):
@@ -257,7 +272,7 @@ def find_embeddings(records: Path) -> Path:
 
 
 def _first_existing(folders: list[Path], name: str, hint: str = "") -> Path:
-    paths = [folder / name for folder in folders]
+    paths = [folder.expanduser() / name for folder in folders]
     for path in paths:
         if path.is_file():
             return path

@@ -10,14 +10,11 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from multiprocessing import get_context
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from tqdm.auto import tqdm
 
 from elmlib.config import CorpusConfig, InputError
@@ -25,6 +22,8 @@ from elmlib.data.records import parse_line, read_lines
 
 SUMMARY_WORDS = range(4, 31)
 MIN_TEXT_WORDS = 25
+# A list, and not what elmlib requires: a change of its requirements would draw another corpus.
+PACKAGES = Path(__file__).with_name("packages.txt").read_text(encoding="utf-8").split()
 _NO_MODULES = {"..", "test", "tests", "idle_test"}
 _FILES_A_PROCESS = 128  # starting a process takes longer than parsing fewer
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
@@ -73,15 +72,18 @@ def dataset_pairs(config: CorpusConfig) -> list[Pair]:
                     raise InputError(f"expected one of the splits {', '.join(rows)}")
                 rows = rows[split]
         else:
-            rows = datasets.load_dataset(source, split=split)
+            rows = datasets.load_dataset(source, config.dataset_config or None, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"dataset {source!r} cannot be read: {error}. Where the hub is out of reach, run "
-            f"`datasets.load_dataset({source!r}, split={split!r}).save_to_disk('folder')` on a machine that reaches "
+            f"`datasets.load_dataset({source!r}, {config.dataset_config or None!r}, split={split!r})"
+            ".save_to_disk('folder')` on a machine that reaches "
             "it, copy the folder here and give it as the source"
         ) from error
-    except ValueError as error:
-        raise InputError(f"dataset {source!r}, split {split!r}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the dataset is a script, which datasets does not run
+        reason = str(error).partition("\nExample of usage")[0]
+        hint = "; choose one with --dataset-config" if "onfig" in reason else ""
+        raise InputError(f"dataset {source!r}, split {split!r}: {reason}{hint}") from error
     name = Path(source).name
     return [_row_pair(row, f"{name}:{at:08d}", f"{source}, row {at}", config) for at, row in enumerate(rows)]
 
@@ -116,34 +118,21 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-@cache
-def dependencies() -> list[Distribution]:
-    """The installed distributions that elmlib requires, directly or not, all its extras included, ordered by name."""
-    found: dict[str, Distribution] = {}
-    seen: set[tuple[str, str]] = set()
-
-    def visit(name: str, extra: str) -> None:
-        if (name, extra) in seen:
-            return
-        seen.add((name, extra))
+def documented_packages() -> list[Distribution]:
+    """Those of PACKAGES that are installed, ordered by name."""
+    found = []
+    for name in PACKAGES:
         with suppress(PackageNotFoundError):  # of an extra that was not asked for
-            found[name] = distribution(name)
-            for required in map(Requirement, found[name].requires or ()):
-                if required.marker is None or required.marker.evaluate({"extra": extra}):
-                    for wanted in ("", *required.extras):
-                        visit(canonicalize_name(required.name), wanted)
-
-    for extra in ("", *(distribution("elmlib").metadata.get_all("Provides-Extra") or ())):
-        visit("elmlib", extra)
-    return [found[name] for name in sorted(found) if name != "elmlib"]
+            found.append(distribution(name))
+    return found
 
 
 def source_files() -> list[tuple[str, Path]]:
-    """(module, file) of the standard library and of the dependencies, tests left out, ordered by module."""
+    """(module, file) of the standard library and of PACKAGES, tests left out, ordered by module."""
     library = Path(sysconfig.get_path("stdlib"))
     paths: dict[PurePath, Path] = {path.relative_to(library): path for path in library.rglob("*.py")}
     paths = {name: path for name, path in paths.items() if name.parts[0].removesuffix(".py") in sys.stdlib_module_names}
-    for package in dependencies():
+    for package in documented_packages():
         for file in package.files or ():
             if file.suffix == ".py":
                 paths[PurePath(file)] = Path(str(package.locate_file(file)))

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from elmlib.config import OFFLINE_EMBEDDER, InputError, SummaryTrainingConfig
+from elmlib.config import OFFLINE_EMBEDDER, InputError, SummaryTrainingConfig, read_settings
 from elmlib.data.records import build_once, cache_folder
 from elmlib.evaluation.metrics import BERTScores, bertscore_means, check_pairs, quality_metrics
-from elmlib.models.pretrained import default_device, locate, public_name, quiet_bars
+from elmlib.models.pretrained import default_device, loading, locate, public_name
 
 if TYPE_CHECKING:  # imported inside the functions: torch and bert_score take 5 s, too long for `elm --help`
     import torch
@@ -146,7 +146,7 @@ class BERTScoreEvaluator:
         path, name = locate(self.model), public_name(self.model)
         names = [name]
         if (file := Path(path, "config.json")).is_file():
-            names += [json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")]
+            names += [str(read_settings(file).get("_name_or_path"))]
             names += [known for known in model2layers if known.rpartition("/")[2] == name]
         for known in names:
             if known in model2layers:
@@ -169,7 +169,7 @@ class BERTScoreEvaluator:
         from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
         path, _, num_layers = self.encoder_id
-        with quiet_bars():
+        with loading(path):
             tokenizer = get_tokenizer(path)
             if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):
                 # bert_score passes add_prefix_space to encode(), where transformers 5 ignores it.

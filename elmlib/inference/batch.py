@@ -15,7 +15,7 @@ from elmlib.config import InputError
 from elmlib.data import EmbeddingFile, find_records, read_records
 from elmlib.evaluation import read_predictions
 from elmlib.inference.summarizer import Elm
-from elmlib.models import BEST, Sampling, load_adapter
+from elmlib.models import Sampling, find_adapter, load_adapter
 
 _CHECKED = 4096  # rows checked at a time
 _ABOUT = ".about.json"
@@ -42,7 +42,7 @@ def generate_file(
     Raises InputError before anything is written: for bad records, for embeddings of another size or model than the
     adapter reads, for rows that are not finite or zero, and for an `output` of another checkpoint, input or decoding.
     """
-    checkpoint = checkpoint / BEST if checkpoint.is_dir() else checkpoint
+    checkpoint, output = find_adapter(checkpoint), Path(output).expanduser()
     config = load_adapter(checkpoint).config
     length = max_new_tokens or config.max_new_tokens
     records = None if source.suffix == ".safetensors" else find_records(source)

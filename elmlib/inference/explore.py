@@ -186,7 +186,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 def newest_run(runs: Mapping[str, str]) -> tuple[str, str]:
     """The run that saved its adapter last, and its data, of several runs (folder -> data folder). Raises
     InputError where none has an adapter."""
-    saved = {Path(run, BEST).stat().st_mtime: run for run in runs if Path(run, BEST).is_file()}
+    found = {run: Path(run).expanduser() / BEST for run in runs}
+    saved = {path.stat().st_mtime: run for run, path in found.items() if path.is_file()}
     if not saved:
         raise InputError(f"no {BEST} in {' or '.join(runs)}; train one: `make demo`, or notebooks 00 to 02")
     newest = saved[max(saved)]

@@ -18,7 +18,7 @@ from elmlib.data.prompts import TASK_TEMPLATES, prompt_ids
 from elmlib.data.records import check_rows, write_json
 from elmlib.evaluation.baselines import rerank
 from elmlib.evaluation.report import score_frame
-from elmlib.models.adapter import BEST, AdapterFile, load_adapter, save_adapter
+from elmlib.models.adapter import BEST, AdapterFile, find_adapter, load_adapter, save_adapter
 from elmlib.models.elm import Sampling, SoftTokenModel, build_model
 from elmlib.models.pretrained import default_device, encode, load_embedder, public_name, revision_of
 
@@ -71,7 +71,7 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
                     f"no adapter {name!r}: there is no such folder or file, and the hub gave none ({error}); "
                     "`make demo` trains papermill_runs/demo"
                 ) from error
-        path = path / BEST if path.is_dir() else path
+        path = find_adapter(path)
         file, about = load_adapter(path), _read_about(path.parent)
         llm = _same_model(path, "LLM", file.config.llm_model_name, llm_model)
         embedder = _same_model(path, "embedder", file.config.embedding_model_name, embedding_model)
@@ -134,6 +134,10 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
     def mean_vector(self) -> np.ndarray:
         """(embedding_dim,): the mean of the vectors that the adapter was trained on."""
         return self.model.adapter.mean.cpu().numpy()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write the adapter, `config.json` and a model card into a folder; `push_to_hub=True` uploads them too."""
+        return super().save_pretrained(Path(save_directory).expanduser(), **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         file, llm, embedder = self.file, self.file.config.llm_model_name, self.file.config.embedding_model_name

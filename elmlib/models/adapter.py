@@ -131,9 +131,16 @@ def save_adapter(
     save_tensors(path, weights, header)
 
 
+def find_adapter(path: Path | str) -> Path:
+    """An adapter file, or the best adapter in the folder of a run."""
+    path = Path(path).expanduser()
+    return path / BEST if path.is_dir() else path
+
+
 def load_adapter(path: Path) -> AdapterFile:
-    """Read an adapter file, of earlier versions of elmlib too. Raises InputError for
-    no such file and for one that is truncated or not elmlib's."""
+    """Read what `find_adapter` finds, of earlier versions of elmlib too. Raises InputError for no such file and for one
+    that is truncated or not elmlib's."""
+    path = find_adapter(path)
     weights, header = load_tensors(path)
     if missing := {"config", "step", "data_fingerprint"} - header.keys():
         raise InputError(f"{path} holds no adapter: its header has no {', '.join(sorted(missing))}")

@@ -113,7 +113,7 @@ class SoftTokenModel:
         generate: Any = self.llm.eval().generate  # PreTrainedModel is typed without it
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=self._ends(prompt),
-            pad_token_id=self.tokenizer.eos_token_id, do_sample=False,
+            pad_token_id=prompt.end_of_turn, do_sample=False,
         )  # fmt: skip
         return generate(**inputs, generation_config=settings)
 
@@ -152,14 +152,14 @@ class SoftTokenModel:
         cut = [ids[:max_text_tokens] for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
         rows = [torch.tensor([*prompt.before, *ids, *prompt.behind], device=self.table.device) for ids in cut]
         # Left padding, so that every row's answer begins at the same place.
-        pad = {"batch_first": True, "padding_side": "left", "padding_value": self.tokenizer.eos_token_id}
+        pad: dict[str, Any] = {"batch_first": True, "padding_side": "left", "padding_value": prompt.end_of_turn}
         padded = pad_sequence(rows, **pad)
         mask = pad_sequence([torch.ones_like(row) for row in rows], **pad | {"padding_value": 0})
         ids = self._generate(prompt, max_new_tokens, input_ids=padded, attention_mask=mask)
         return self._texts(prompt, ids[:, padded.shape[1] :].tolist())
 
     def _ends(self, prompt: PromptIds) -> list[int]:
-        return sorted({prompt.end_of_turn, self.tokenizer.eos_token_id})
+        return sorted({prompt.end_of_turn, self.tokenizer.eos_token_id} - {None})
 
     def _texts(self, prompt: PromptIds, ids: list[list[int]]) -> list[str]:
         ends = self._ends(prompt)

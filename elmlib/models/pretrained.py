@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ def load_llm(
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    with quiet_bars():
+    with loading(place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
         llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
     llm = llm.requires_grad_(False).eval()
@@ -207,7 +208,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
     from sentence_transformers import SentenceTransformer
 
     place = locate(name, revision)
-    with quiet_bars():
+    with loading(place):
         embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
     return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
 
@@ -218,6 +219,14 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
         raise InputError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
     return vectors.astype(np.float32, copy=False)
+
+
+def count_cut(embedder: "SentenceTransformer", texts: Sequence[str]) -> int:
+    """How many of `texts` are longer than the embedder reads, in tokens; it cuts them in silence."""
+    longest = embedder.max_seq_length or float("inf")
+    if longest == float("inf"):  # a static embedder, whose tokenizer cannot be called
+        return 0
+    return sum(len(embedder.tokenizer(text, verbose=False).input_ids) > longest for text in texts)
 
 
 def default_device() -> "torch.device":
@@ -242,14 +251,23 @@ def native_bf16(device: "torch.device | str") -> bool:
 
 
 @contextmanager
-def quiet_bars() -> Iterator[None]:
-    """No progress bars of transformers inside the block: they would break the caller's own."""
+def loading(place: str) -> Iterator[None]:
+    """No progress bars of transformers inside the block, which would break the caller's own; weights, settings and
+    tokenizers that cannot be loaded are an InputError with `place`, their folder or hub id."""
+    import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the model's
+        raise
+    except (ImportError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]  # some list all families of models
+        hint = "" if isinstance(error, ImportError) else "; if its files are git-lfs pointers, run `git lfs pull` there"
+        raise InputError(f"{place} cannot be loaded: {reason}{hint}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -284,7 +302,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     logger.info("converting %s to safetensors under %s: once, about 20 s", gguf.name, folder.parent)
     place = str(gguf.parent)
-    with quiet_bars():
+    with loading(place):
         AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
         read = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32)
         # save_pretrained refuses a model that was read from a GGUF, so its weights move into one that was not.

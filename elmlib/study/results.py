@@ -200,7 +200,8 @@ def publish(trial: optuna.Trial, folder: Path, outcome: Outcome, artifacts: Path
 
 def storage_address(config: StudyPlace) -> str:
     """The study's storage: `config.storage`, else the environment's, else a SQLite file in its folder."""
-    return config.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{config.folder}/study.db"
+    address = config.storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{config.folder}/study.db"
+    return address.replace("sqlite:///~/", f"sqlite:///{Path.home()}/")
 
 
 def open_study(config: StudyPlace) -> optuna.Study:

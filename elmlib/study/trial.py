@@ -58,25 +58,28 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBStorage:
-    """The storage at a SQLAlchemy URL; InputError, without its password, if that is none or its driver is missing."""
+    """The storage at a SQLAlchemy URL; InputError, without its password, if that is none or cannot be used."""
     # No connection is held between calls: a server has a hundred, and launchers and notebooks are more.
     engine: dict[str, Any] = {"poolclass": NullPool, "pool_pre_ping": True}
+    shown = "the storage"
     try:
         url = make_url(address)
+        shown = f"the storage {url!r}"  # hides the password
         if url.get_backend_name() == "sqlite" and url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
             engine["connect_args"] = {"timeout": 60}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat is, since Optuna 2.9
             return RDBStorage(_escaped(address), engine, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
-    except (exc.IntegrityError, exc.ProgrammingError):  # another launcher makes the tables at the same moment
-        if attempts == 1:
-            raise
-        time.sleep(_PAUSE)
-        return open_storage(address, heartbeat, attempts - 1)
+    except (exc.DBAPIError, RuntimeError) as error:  # RuntimeError: Optuna's, for tables of another version
+        if isinstance(error, exc.IntegrityError | exc.ProgrammingError) and attempts > 1:
+            time.sleep(_PAUSE)  # another launcher makes the tables at the same moment
+            return open_storage(address, heartbeat, attempts - 1)
+        reason = getattr(error, "orig", error)  # without SQL
+        raise InputError(f"{shown} cannot be used: {reason}; expected a server that runs, or a study's file") from error
     except (exc.ArgumentError, ImportError) as error:
         raise InputError(
-            "the storage is no database URL or has no driver; expected sqlite:///study.db for example, or after "
+            f"{shown} is no database URL or has no driver; expected sqlite:///study.db for example, or after "
             "pip install -e '.[postgres]' postgresql+psycopg://..."
         ) from error
 
@@ -92,7 +95,7 @@ def patiently(call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except (StorageInternalError, exc.DBAPIError) as error:
+        except (StorageInternalError, exc.DBAPIError, InputError) as error:  # InputError: of `open_storage`
             cause = error if isinstance(error, exc.DBAPIError) else error.__cause__
             is_away = isinstance(cause, exc.OperationalError | exc.InterfaceError)
             is_away |= getattr(cause, "connection_invalidated", False)

@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     """The rows of a metrics.jsonl; an incomplete last line, of a killed run, is left out. Raises FileNotFoundError for
     no such file and InputError for a broken line, naming it."""
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(Path(path).expanduser().read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             values = parse_line(line, f"{path}, line {number}")
             named = values if isinstance(values, dict) else {}

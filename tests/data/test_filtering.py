@@ -348,7 +348,7 @@ def test_a_failure_leaves_an_earlier_output_as_it_was(
     assert output(config) == earlier
 
 
-@pytest.mark.parametrize("step", ["_hash_rows", "_with_index", "_find_leaks", "asdict"])
+@pytest.mark.parametrize("step", ["hash_rows", "_with_index", "_find_leaks", "asdict"])
 def test_an_interruption_leaves_an_earlier_output_as_it_was(
     config: FilterConfig, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

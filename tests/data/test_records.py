@@ -181,6 +181,12 @@ def test_parse_record_refuses_what_is_no_object(values: Any) -> None:
         parse(values)
 
 
+@pytest.mark.parametrize("value", [None, 7, "", [], [1, None], {"a": 1}])
+def test_parse_record_ignores_optional_fields_that_nobody_asked_for(value: Any) -> None:
+    line = json.dumps(VALUES | {"category": value, "keywords": value}).encode()
+    assert parse_record(line, 1) == RECORD
+
+
 def test_parse_record_refuses_bytes_of_an_unknown_field_that_are_not_utf8() -> None:
     line = json.dumps(VALUES | {"more": "x"}).encode().replace(b'"x"', b'"\xff"')
     with pytest.raises(InputError, match="not UTF-8"):

@@ -1,6 +1,7 @@
 """BERTScore equals bert_score's own and survives its traps; the metrics equal their naive twins."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -232,3 +233,11 @@ def test_create_evaluator_reads_the_config_and_loads_nothing():
     evaluator = create_evaluator(config)
     assert (evaluator.model, evaluator.batch_size) == ("microsoft/deberta-xlarge-mnli", 3)
     assert utils.model2layers[evaluator.model] == 40
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_encoder_whose_files_are_git_lfs_pointers_is_one_line(tmp_path, name):
+    folder = shutil.copytree(find(OFFLINE_EMBEDDER), tmp_path / "encoder")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(InputError, match="encoder"):
+        BERTScoreEvaluator(str(folder)).score_pairs(["a text"], ["a text"])

@@ -247,7 +247,6 @@ def test_score_checkpoint_refuses_a_wrong_folder_before_it_looks_for_the_llm(
         score_checkpoint(path, str(tmp_path / "no-data"), "test", 0, None, CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: `elm generate` takes the best adapter of a folder, this does not")
 def test_score_checkpoint_takes_the_best_adapter_of_a_folder(
     tiny_config: SummaryTrainingConfig, tmp_path: Path
 ) -> None:

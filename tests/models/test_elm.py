@@ -347,6 +347,13 @@ def test_a_tokenizer_that_adds_bos_adds_none_to_the_pieces(tiny_llm, tokenizer, 
     assert load_split(tiny_config, "train", adding).answers == split.answers
 
 
+def test_a_tokenizer_without_eos_reads_and_writes(model, split):
+    batch, prompt = split.collate_prompts([0, 1]), split.prompts[0]
+    expected = model.generate(batch, 5), model.read(["A text.", "Another, longer text."], prompt, 5, 20)
+    model.tokenizer.eos_token = model.tokenizer.pad_token = None
+    assert (model.generate(batch, 5), model.read(["A text.", "Another, longer text."], prompt, 5, 20)) == expected
+
+
 def test_a_tokenizer_without_chat_template_is_refused(tiny_llm):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
     tokenizer.chat_template = None

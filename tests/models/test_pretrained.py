@@ -1,6 +1,7 @@
 """Models are found in the order that is promised, converted once, and missed with a useful error."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,32 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
 from elmlib.data.records import build_once
 from elmlib.models import pretrained
-from elmlib.models.pretrained import check_llm, encode, find, load_embedder, load_llm, locate, native_bf16, public_name
+from elmlib.models.pretrained import (
+    check_llm,
+    count_cut,
+    encode,
+    find,
+    load_embedder,
+    load_llm,
+    locate,
+    native_bf16,
+    public_name,
+)
 
 MINILM_WHEEL = pretrained.WHEELS[OFFLINE_EMBEDDER]
 
@@ -249,19 +270,55 @@ def test_an_llm_that_needs_token_ids_beside_the_embeddings_is_refused(tiny_llm):
         check_llm(llm)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: an ImportError and a safetensors error are tracebacks")
-@pytest.mark.parametrize("fault", ["git-lfs pointer", "4 bits"])
-def test_weights_that_cannot_be_read_are_bad_input(tiny_llm, tmp_path, fault):
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+QUANTIZED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model.safetensors", POINTER, "run `git lfs pull` there"),
+        ("tokenizer.json", POINTER, "run `git lfs pull` there"),
+        ("pytorch_model.bin", POINTER, "run `git lfs pull` there"),
+        ("config.json", QUANTIZED, "pip install -U bitsandbytes"),
+        ("config.json", {"model_type": "t5"}, "this kind of AutoModel: AutoModelForCausalLM"),
+        ("config.json", {"model_type": "no-such-family"}, "no-such-family"),
+        ("config.json", {"hidden_size": 64}, "ignore_mismatched_sizes"),
+    ],
+)
+def test_an_llm_that_cannot_be_loaded_is_one_line(tiny_llm, tmp_path, name, content, reason):
     folder = shutil.copytree(tiny_llm, tmp_path / "llm")
-    if fault == "4 bits":
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (folder / "config.json").write_text(json.dumps(config))
-    else:
-        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
-        (folder / "model.safetensors").write_text(pointer)
-    with pytest.raises(InputError, match=r"git-lfs|bitsandbytes"):
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / name).read_text()) | content)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(reason)) as refused:
         load_llm(str(folder), torch.float32, "cpu")
+    message = str(refused.value)
+    assert message.startswith(f"{folder} cannot be loaded: ") and "\n" not in message and len(message) < 500
+
+
+def test_an_embedder_whose_weights_are_a_pointer_is_one_line(tmp_path):
+    folder = shutil.copytree(find(OFFLINE_EMBEDDER), tmp_path / "embedder")
+    (folder / "model.safetensors").write_text(POINTER)
+    with pytest.raises(InputError, match=r"embedder cannot be loaded: .*git lfs pull"):
+        load_embedder(str(folder), "cpu")
+
+
+def test_an_encoder_is_no_llm():
+    shape = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    llm = BertLMHeadModel(BertConfig(num_hidden_layers=2, initializer_range=0.2, **shape)).requires_grad_(False).eval()
+    with pytest.raises(InputError, match=r"choose another LLM$"):
+        check_llm(llm)
+
+
+def test_count_cut_counts_texts_longer_than_the_embedder_reads():
+    embedder = load_embedder(OFFLINE_EMBEDDER, "cpu")
+    texts = ["word " * count for count in (1, 254, 255, 256, 3000)]  # and two tokens around them, of 256
+    assert count_cut(embedder, texts) == 3
+    static = StaticEmbedding(embedder.tokenizer, embedding_dim=8)
+    assert count_cut(SentenceTransformer(modules=[static], device="cpu"), texts) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from study.studies import begun, check_ended_once, kill_launcher, processes, sta
 
 from elmlib import cli
 from elmlib.config import InputError, StudyConfig
+from elmlib.study import trial
 from elmlib.study.results import open_study, outcome_of
 from elmlib.study.study import LAUNCHER, Launcher, run_study
 from elmlib.study.trial import STORAGE_VARIABLE, open_storage, patiently
@@ -194,21 +195,44 @@ def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig)
     run_study(replace(stub_config, trials=1))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: a server that refuses, or a database that is none, is a traceback")
-@pytest.mark.parametrize("kind", ["refused", "no database", "old schema"])
+@pytest.mark.parametrize("kind", ["refused", "postgres", "no database", "old schema", "no folder"])
 def test_a_database_that_cannot_be_used_is_one_line(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "study.db"
-    address = "postgresql+psycopg://me:secret@127.0.0.1:1/x" if kind == "refused" else f"sqlite:///{path}"
+    server = {"refused": "postgresql+psycopg://me:secret@127.0.0.1:1/x", "postgres": "postgres://me:secret@127.0.0.1/x"}
+    address = server.get(kind) or f"sqlite:///{path}"
     if kind == "no database":
         path.write_text("no database at all")
+    elif kind == "no folder":
+        address = f"sqlite:///{tmp_path}/none/study.db"
     elif kind == "old schema":
         open_storage(address)
         with contextlib.closing(sqlite3.connect(path)) as database, database:
-            database.execute("UPDATE version_info SET schema_version = 1")
+            database.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a_'")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["dashboard", "--storage", address])
     errors = capsys.readouterr().err
     assert stopped.value.code == 1 and errors.startswith("elm: error: ") and errors.count("\n") == 1
-    assert "secret" not in errors
+    shown = address.replace("secret", "***")
+    assert "secret" not in errors and (shown in errors or str(tmp_path) in errors)
+
+
+def test_open_storage_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        open_storage(f"sqlite:///{tmp_path}/file/study.db")
+
+
+def test_patiently_waits_while_the_storage_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_PAUSE", 0.0)
+    calls = []
+
+    def load() -> None:
+        calls.append(1)
+        open_storage("postgresql+psycopg://me:secret@127.0.0.1:1/x")
+
+    monkeypatch.setattr(trial, "_PATIENCE", 0.2)
+    with pytest.raises(InputError, match="cannot be used"):
+        patiently(load)
+    assert len(calls) > 1
