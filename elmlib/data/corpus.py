@@ -70,7 +70,8 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     metadata = {"embedding_model": config.embedding_model_name, "fingerprint": fingerprint}
     about = config.output_dir / "corpus.json"
     paths = {split: records.split_paths(config.output_dir, config.output_embeddings_dir, split) for split in SPLITS}
-    reused = [split for split in SPLITS if _is_finished(about, paths[split], metadata)]
+    digests = {split: _finished(about, split, paths[split], metadata) for split in SPLITS}
+    reused = [split for split in SPLITS if digests[split]]
     counts = {split: _counts(splits[split]) for split in SPLITS}
     report = CorpusReport(fingerprint, len(found), dropped, skipped, counts, reused)
 
@@ -82,12 +83,15 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
     del values["reused"]  # a corpus built in two runs is the same corpus
     values["config"] = {name: str(it) if isinstance(it, Path) else it for name, it in asdict(config).items()}
     values["versions"] = {"python": platform.python_version()} | {it.name: it.version for it in dependencies()}
+    values["digests"] = digests
     records.write_json(about, values)
     for split, both in new.items():
         with records.atomic_path(both.records) as temporary, open(temporary, "wb") as file:
             for row, pair in enumerate(splits[split]):
                 file.writelines(record.to_line() for record in pair_records(pair, row))
         _write_embeddings(both.embeddings, [pair.text for pair in splits[split]], config, embed, metadata, progress)
+        digests[split] = _file_digests(both)
+        records.write_json(about, values)
     for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
         stale.unlink()
     return report
@@ -154,13 +158,21 @@ def pair_records(pair: Pair, row: int) -> Iterator[Record]:
             yield Record(task, TASK_TEMPLATES[task], row, target, variation, 0.0, 1.0, count, pair.source_id, pair.text)
 
 
-def _is_finished(about: Path, paths: SplitPaths, metadata: dict[str, str]) -> bool:
+def _finished(about: Path, split: str, paths: SplitPaths, metadata: dict[str, str]) -> list[str]:
+    """The digests of a split's files where they are those that a build of this corpus wrote, else nothing."""
     try:
-        known = json.loads(about.read_bytes())["fingerprint"] == metadata["fingerprint"]
+        known = json.loads(about.read_bytes())
         with EmbeddingFile(paths.embeddings) as file:
-            return known and file.metadata == metadata and paths.records.is_file()
-    except (FileNotFoundError, KeyError, TypeError, ValueError):  # absent or damaged: built again
-        return False
+            same = known["fingerprint"] == metadata["fingerprint"] and file.metadata == metadata
+        digests = _file_digests(paths)
+        return digests if same and known["digests"][split] == digests else []
+    # Absent or damaged: built again.
+    except (FileNotFoundError, LookupError, TypeError, ValueError, RecursionError):
+        return []
+
+
+def _file_digests(paths: SplitPaths) -> list[str]:
+    return [records.file_digest(path)[:16] for path in paths]
 
 
 def _counts(pairs: list[Pair]) -> dict[str, int]:
