@@ -12,7 +12,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from elmlib import cli
-from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.config import InputError, StudyConfig, SummaryTrainingConfig
 from elmlib.data.records import EmbeddingFile
+from elmlib.evaluation import examples_frame, sample_frame
 from elmlib.evaluation.bertscore import BERTScoreEvaluator
+from elmlib.inference import read_vector
 from elmlib.models import pretrained
+from elmlib.plots import draw_curves, draw_report, ranks_info, similarity_info
 from elmlib.study.search_space import plan_study
 from elmlib.training.trainer import _Run
 
@@ -225,9 +228,9 @@ def place(small_data: Path, trained_run: Path, tmp_path_factory: pytest.TempPath
         yield Place(folder)
 
 
-@pytest.fixture(params=[1, pytest.param(25, marks=pytest.mark.heavy)])
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.heavy)])
 def examples(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Runs a check on `count` damaged inputs, or on 25 times as many."""
+    """Runs a check on `count` damaged inputs, or on ten times as many."""
 
     def run(count: int, check: Callable[..., None], *drawn: st.SearchStrategy) -> None:
         profile = settings(
@@ -385,6 +388,62 @@ def test_corpus_of_damaged_texts_and_of_a_damaged_corpus(place: Place, examples:
     vectors = tensors(built["new/val_embeddings.safetensors"])
     examples(10, check, st.builds(lambda x: {"new/corpus.json": x}, about))
     examples(10, check, st.builds(lambda x: {"new/val_embeddings.safetensors": x}, vectors))
+
+
+def test_drawings_of_damaged_runs_and_reports(place: Place, examples: Callable[..., None]) -> None:
+    def check(files: dict[str, bytes]) -> None:
+        place.place(files)
+        for name in files:
+            for read in readers[name]:
+                with suppress(InputError), warnings.catch_warnings():
+                    read()
+
+    row = "system,bertscore_f1,bertscore_f1_low,bertscore_f1_high\ntrue,0.3,0.2,0.4\nshuffled,0.1,0.0,0.2\n"
+    place.whole["report.csv"] = row.encode()
+    run, predictions = Path("run"), Path("run/predictions.jsonl")
+    readers: dict[str, list[Callable[[], Any]]] = {
+        "run/predictions.jsonl": [
+            *(lambda: ranks_info(run), lambda: similarity_info(run)),
+            *(lambda: sample_frame(predictions), lambda: examples_frame(predictions)),
+        ],
+        "run/metrics.jsonl": [lambda: draw_curves(run)],
+        "report.csv": [lambda: draw_report(Path("report.csv"))],
+    }
+    files = {name: cut if name == "report.csv" else lines for name in readers}
+    for name, kind in files.items():
+        damaged = st.builds(lambda x, name=name: {name: x}, kind(place.whole[name]))
+        examples(20 if name.startswith("run/p") else 4, check, damaged)
+
+
+def test_vectors_that_a_person_names(place: Place, examples: Callable[..., None]) -> None:
+    vector = place.vectors(VECTORS)[0]
+    place.whole["vector.npy"], place.whole["vector.txt"] = npy(vector), ", ".join(map(str, vector)).encode()
+
+    def check(name: str, content: bytes) -> None:
+        place.place({name: content})
+        with suppress(InputError):
+            found = read_vector(name)
+            assert found.dtype == np.float32 and found.ndim == 1
+
+    odd = [
+        np.zeros(()),
+        np.zeros((2, 2, 2)),
+        np.zeros(3, complex),
+        np.array(["a"]),
+        np.zeros((0, 3)),
+        np.zeros(3, "M8"),
+    ]
+    odd += [np.zeros(3, "<i8"), np.zeros(3, bool), np.zeros((2, 3), np.float16)]
+    arrays = st.one_of(cut(place.whole["vector.npy"]), st.sampled_from([npy(array) for array in odd]))
+    examples(30, check, st.just("vector.npy"), arrays)
+    examples(10, check, st.just("vector.txt"), cut(place.whole["vector.txt"]))
+    examples(10, check, st.just("v.safetensors"), tensors(place.whole[VECTORS]))
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from elmlib.config import InputError, SoftTokenPosition
 
 IGNORE_INDEX = -100  # label of a position that no loss looks at: PyTorch's own default in cross-entropy
@@ -40,12 +42,18 @@ def prompt_ids(tokenizer: Any, template: str) -> PromptIds:
     """Render `template` as one user turn of the tokenizer's chat format and cut it at the slot. Raises InputError for a
     template without the slot and for a tokenizer without a chat template."""
     check_template(template)
-    if tokenizer.chat_template is None:
-        raise InputError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model")
+    name = f"the tokenizer of {tokenizer.name_or_path!r}"
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise InputError(f"{name} has no chat template or no end of sequence; use an instruct model")
     user = {"role": "user", "content": template.replace(SLOT, _MARK)}
-    question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    try:
+        question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        chat = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _MARK}], tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"{name} has a chat template that fails: {error}") from error
+    if (question.count(_MARK), chat.count(_MARK)) != (1, 2):
+        raise InputError(f"{name} has a chat template that drops or repeats a text; use another instruct model")
     before, behind = question.split(_MARK)
-    chat = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _MARK}], tokenize=False)
     closing = tokenizer(chat.rsplit(_MARK, 1)[1], add_special_tokens=False).input_ids
     # Some templates close a turn without a special token; the answer then ends with the tokenizer's own EOS.
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())

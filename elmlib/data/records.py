@@ -221,7 +221,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
 
 def cache_folder() -> Path:
     """The folder of cached models and results: `ELMLIB_CACHE`, else the user's cache folder of this platform."""
-    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib"))
+    return Path(os.environ.get("ELMLIB_CACHE") or platformdirs.user_cache_dir("elmlib")).expanduser()
 
 
 class SplitPaths(NamedTuple):

@@ -89,8 +89,6 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
     if len(lines) != len(records):
         raise InputError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
-        if not isinstance(line["prediction"], str):
-            raise InputError(f"{predictions}, line {number}: the prediction is {line['prediction']!r}, not a text")
         if line.get("embedding_index", record.embedding_index) != record.embedding_index:
             raise InputError(
                 f"{predictions}, line {number}: made from embedding {line['embedding_index']}, but its record in "

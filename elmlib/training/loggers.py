@@ -84,8 +84,9 @@ def read_metrics(path: Path) -> list[MetricsRow]:
             values = parse_line(line, f"{path}, line {number}")
             named = values if isinstance(values, dict) else {}
             kind, step, epoch = (named.pop(name, None) for name in ("kind", "step", "epoch"))
-            if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(epoch, int | float):
-                raise InputError(f"{path}, line {number}: expected a kind, a step and an epoch, found {line!r:.80}")
+            numbers = all(isinstance(value, int | float) for value in (epoch, *named.values()))
+            if not isinstance(kind, str) or not isinstance(step, int) or not numbers:
+                raise InputError(f"{path}, line {number}: expected a kind, a step and numbers, found {line!r:.80}")
             rows.append(MetricsRow(kind, step, epoch, named))
     return rows
 

@@ -249,7 +249,6 @@ def test_an_llm_that_needs_token_ids_beside_the_embeddings_is_refused(tiny_llm):
         check_llm(llm)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: an ImportError and a safetensors error are tracebacks")
 @pytest.mark.parametrize("fault", ["git-lfs pointer", "4 bits"])
 def test_weights_that_cannot_be_read_are_bad_input(tiny_llm, tmp_path, fault):
     folder = shutil.copytree(tiny_llm, tmp_path / "llm")
