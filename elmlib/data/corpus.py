@@ -90,7 +90,7 @@ def build_corpus(config: CorpusConfig, embed: Embed, progress: bool = True) -> C
             for row, pair in enumerate(splits[split]):
                 file.writelines(record.to_line() for record in pair_records(pair, row))
         _write_embeddings(both.embeddings, [pair.text for pair in splits[split]], config, embed, metadata, progress)
-        digests[split] = _file_digests(both)
+        digests[split] = [records.file_digest(path)[:16] for path in both]
         records.write_json(about, values)
     for stale in config.output_embeddings_dir.glob(".*_embeddings.*.partial"):
         stale.unlink()
@@ -164,15 +164,10 @@ def _finished(about: Path, split: str, paths: SplitPaths, metadata: dict[str, st
         known = json.loads(about.read_bytes())
         with EmbeddingFile(paths.embeddings) as file:
             same = known["fingerprint"] == metadata["fingerprint"] and file.metadata == metadata
-        digests = _file_digests(paths)
+        digests = [records.file_digest(path)[:16] for path in paths]
         return digests if same and known["digests"][split] == digests else []
-    # Absent or damaged: built again.
-    except (FileNotFoundError, LookupError, TypeError, ValueError, RecursionError):
+    except (FileNotFoundError, LookupError, TypeError, ValueError, RecursionError):  # absent or damaged: built again
         return []
-
-
-def _file_digests(paths: SplitPaths) -> list[str]:
-    return [records.file_digest(path)[:16] for path in paths]
 
 
 def _counts(pairs: list[Pair]) -> dict[str, int]:

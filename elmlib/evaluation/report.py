@@ -245,9 +245,7 @@ def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
         for field in fields:
             kind = _FIELDS.get(field, int | float)
             if not isinstance(values, dict) or not isinstance(values.get(field), kind):
-                raise InputError(
-                    f"{path}, line {number} has no {field!r}, or one of another type; expected the predictions of a run"
-                )
+                raise InputError(f"{path}, line {number} has no {field!r} of its type; expected a run's predictions")
         lines.append(values)
     return lines
 

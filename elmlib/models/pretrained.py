@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
 from elmlib.data.records import build_once, cache_folder, check_rows
@@ -28,6 +29,17 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
 HUB_TIMEOUT = 10.0
+# What transformers raises for one or another damaged, foreign or quantised file.
+_MODEL_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 _CONVERSION = 1  # of the code that converts a GGUF: raise it where its files change
 
 
@@ -267,7 +279,6 @@ def quiet_bars() -> Iterator[None]:
 @contextmanager
 def reading(name: str, place: str) -> Iterator[None]:
     """Inside it the files of the model `name` are read, quietly; what is wrong with them becomes InputError."""
-    from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
     try:
@@ -275,10 +286,7 @@ def reading(name: str, place: str) -> Iterator[None]:
             yield
     except OutOfMemoryError:
         raise
-    # All of them are what transformers raises for one or another damaged, foreign or quantised file.
-    except (
-        *(AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError),
-    ) as error:
+    except _MODEL_ERRORS as error:
         raise InputError(f"{name} cannot be loaded from {place} (weights may be git-lfs pointers): {error}") from error
 
 

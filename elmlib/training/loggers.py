@@ -97,13 +97,13 @@ class WandbLog:
     def __init__(self, config: SummaryTrainingConfig):
         import wandb  # only here: without --wandb it is never imported
 
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name or None,
-            group=config.wandb_group or None,
-            dir=config.checkpoint_dir,
-            config=config.identity(),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project, name=config.wandb_run_name or None, group=config.wandb_group or None,
+                dir=config.checkpoint_dir, config=config.identity(),
+            )  # fmt: skip
+        except (wandb.Error, ValueError) as error:  # of wandb: account, server, a variable that it does not know
+            raise InputError(f"wandb does not start (WANDB_... in the environment): {error}") from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -194,7 +194,6 @@ def test_run_study_refuses_a_second_launcher_on_sqlite(stub_config: StudyConfig)
     run_study(replace(stub_config, trials=1))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: a server that refuses, or a database that is none, is a traceback")
 @pytest.mark.parametrize("kind", ["refused", "no database", "old schema"])
 def test_a_database_that_cannot_be_used_is_one_line(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
