@@ -364,6 +364,10 @@ def test_train_resumes_from_a_damaged_run_as_it_was_or_not_at_all(place: Place, 
 
     examples(30, check, st.one_of(file(STEP, tensors), file("run/metrics.jsonl", lines)))
     examples(50, check, file(STATE, tensors))
+    size = struct.unpack("<Q", place.whole[STATE][:8])[0]
+    header = json.loads(place.whole[STATE][8 : 8 + size]) | {"__metadata__": {"elmlib": "{}"}}
+    empty = json.dumps(header).encode()
+    assert place.run({STATE: struct.pack("<Q", len(empty)) + empty + place.whole[STATE][8 + size :]}, *RESUME) is None
 
 
 def test_corpus_of_damaged_texts_and_of_a_damaged_corpus(place: Place, examples: Callable[..., None]) -> None:

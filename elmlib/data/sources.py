@@ -80,7 +80,7 @@ def dataset_pairs(config: CorpusConfig) -> list[Pair]:
             f"`datasets.load_dataset({source!r}, split={split!r}).save_to_disk('folder')` on a machine that reaches "
             "it, copy the folder here and give it as the source"
         ) from error
-    except ValueError as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of datasets: a damaged folder, a script
         raise InputError(f"dataset {source!r}, split {split!r}: {error}") from error
     name = Path(source).name
     return [_row_pair(row, f"{name}:{at:08d}", f"{source}, row {at}", config) for at, row in enumerate(rows)]

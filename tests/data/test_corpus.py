@@ -608,7 +608,6 @@ def test_a_dataset_of_several_configurations_is_read(tmp_path: Path, monkeypatch
     assert pair.text == "two"
 
 
-@pytest.mark.xfail(strict=True, reason="FAULTS D: a dataset script is a RuntimeError, so a traceback")
 def test_a_dataset_script_is_named(tmp_path: Path):
     folder = tmp_path / "scripted"
     folder.mkdir()
