@@ -12,7 +12,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from elmlib import cli
-from elmlib.config import StudyConfig, SummaryTrainingConfig
+from elmlib.config import InputError, StudyConfig, SummaryTrainingConfig
 from elmlib.data.records import EmbeddingFile
+from elmlib.evaluation import examples_frame, sample_frame
 from elmlib.evaluation.bertscore import BERTScoreEvaluator
+from elmlib.inference import read_vector
 from elmlib.models import pretrained
+from elmlib.plots import draw_curves, draw_report, ranks_info, similarity_info
 from elmlib.study.search_space import plan_study
 from elmlib.training.trainer import _Run
+
+# hypothesis prints the files of a failure whole.
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 
 ROOT = Path(__file__).parent.parent
 RECORDS, VECTORS = "data/synthesis/test_synthesis.jsonl", "data/embeddings/test_embeddings.safetensors"
@@ -129,6 +135,10 @@ def tensors(draw: st.DrawFn, whole: bytes) -> bytes:
 # The place of the damage ----------------------------------------------------------------------------------------------
 
 
+# Messages, and tqdm's bars with and without a total.
+NO_ERROR = re.compile(r"elm: (INFO|WARNING)|.*\d%\||.*\[\d\d:\d\d, ")
+
+
 class Reached(Exception):  # noqa: N818 (no error)
     """The command took its input and would now do its work."""
 
@@ -139,14 +149,19 @@ class Place:
     def __init__(self, folder: Path):
         self.folder, self.whole = folder, contents(folder)
 
-    def run(self, files: dict[str, bytes], *arguments: str) -> Any:
-        """What the command printed, or whom it reached; None if it refused these files as it should."""
-        before = self.whole | files
-        now = contents(self.folder)
+    def place(self, files: dict[str, bytes]) -> dict[str, bytes]:
+        """All files as they should be, but for `files`."""
+        before, now = self.whole | files, contents(self.folder)
         for name in now.keys() - before.keys():
             (self.folder / name).unlink()
         for name in (name for name in before if now.get(name) != before[name]):
+            (self.folder / name).unlink(missing_ok=True)  # an earlier run may have mapped it
             (self.folder / name).write_bytes(before[name])
+        return before
+
+    def run(self, files: dict[str, bytes], *arguments: str) -> Any:
+        """What the command printed, or whom it reached; None if it refused these files as it should."""
+        before = self.place(files)
         code, out, err = 0, io.StringIO(), io.StringIO()
         logger = cli.logger
         state = logger.handlers, logger.level, logger.propagate
@@ -163,9 +178,7 @@ class Place:
         if code == 0:
             return out.getvalue()
         assert code == 1 and not out.getvalue(), (code, out.getvalue())
-        said = [
-            line for line in re.split("[\r\n]", err.getvalue()) if not re.match(r"elm: (INFO|WARNING)|.*\d%\|", line)
-        ]
+        said = [line for line in re.split("[\r\n]", err.getvalue()) if not NO_ERROR.match(line)]
         assert [line.startswith("elm: error: ") for line in said if line] == [True], err.getvalue()
         assert contents(self.folder) == before
         return None
@@ -215,9 +228,9 @@ def place(small_data: Path, trained_run: Path, tmp_path_factory: pytest.TempPath
         yield Place(folder)
 
 
-@pytest.fixture(params=[1, pytest.param(25, marks=pytest.mark.heavy)])
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.heavy)])
 def examples(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Runs a check on `count` damaged inputs, or on 25 times as many."""
+    """Runs a check on `count` damaged inputs, or on ten times as many."""
 
     def run(count: int, check: Callable[..., None], *drawn: st.SearchStrategy) -> None:
         profile = settings(
@@ -257,6 +270,7 @@ def test_filter_of_damaged_records_or_vectors(place: Place, examples: Callable[.
 def test_generate_from_damaged_records_vectors_checkpoints_and_outputs(
     place: Place, examples: Callable[..., None]
 ) -> None:
+    place.place({})
     written = place.whole["predictions.jsonl"]
     known = {
         (place.vectors(VECTORS)[row["embedding_index"]].tobytes(), row["input_prompt_template"]): line["prediction"]
@@ -331,13 +345,15 @@ def test_train_on_damaged_records_and_vectors(place: Place, examples: Callable[.
 def test_train_resumes_from_a_damaged_run_as_it_was_or_not_at_all(place: Place, examples: Callable[..., None]) -> None:
     def state(run: _Run) -> list[Any]:
         moments = [*run.optimizer.state_dict()["state"].values()]
-        return [vars(run.state), run.adapter.state_dict(), moments, torch.get_rng_state()]
+        return [run.adapter.state_dict(), moments, torch.get_rng_state()]
 
-    whole = state(place.run({}, *RESUME))
+    first = place.run({}, *RESUME)
+    whole = state(first)
 
     def check(files: dict[str, bytes]) -> None:
         run = place.run(files, *RESUME)
         if run is not None:
+            assert run.state == first.state
             torch.testing.assert_close(state(run), whole, rtol=0, atol=0)
             rows = (place.whole | files)["run/metrics.jsonl"].split(b"\n")[:-1]  # an incomplete last line goes
             rows = [json.loads(row) for row in rows if row.strip()]
@@ -348,6 +364,10 @@ def test_train_resumes_from_a_damaged_run_as_it_was_or_not_at_all(place: Place, 
 
     examples(30, check, st.one_of(file(STEP, tensors), file("run/metrics.jsonl", lines)))
     examples(50, check, file(STATE, tensors))
+    size = struct.unpack("<Q", place.whole[STATE][:8])[0]
+    header = json.loads(place.whole[STATE][8 : 8 + size]) | {"__metadata__": {"elmlib": "{}"}}
+    empty = json.dumps(header).encode()
+    assert place.run({STATE: struct.pack("<Q", len(empty)) + empty + place.whole[STATE][8 + size :]}, *RESUME) is None
 
 
 def test_corpus_of_damaged_texts_and_of_a_damaged_corpus(place: Place, examples: Callable[..., None]) -> None:
@@ -357,7 +377,7 @@ def test_corpus_of_damaged_texts_and_of_a_damaged_corpus(place: Place, examples:
     built = {name: content for name, content in contents(place.folder).items() if name.startswith("new/")}
 
     def check(files: dict[str, bytes]) -> None:
-        if place.run(files, *flags) is None:
+        if place.run(files if "texts.jsonl" in files else built | files, *flags) is None:
             return
         rows = [row for split in ("train", "val", "test") for row in place.read(f"new/{split}_synthesis.jsonl")]
         found = {(row["source_text"], row["target_text"]) for row in rows if row["task_type"] == "summary"}
@@ -370,8 +390,64 @@ def test_corpus_of_damaged_texts_and_of_a_damaged_corpus(place: Place, examples:
     examples(20, check, st.builds(lambda x: {"texts.jsonl": x}, lines(place.whole["texts.jsonl"])))
     about = as_json(json.loads(built["new/corpus.json"]))
     vectors = tensors(built["new/val_embeddings.safetensors"])
-    examples(10, check, st.builds(lambda x: built | {"new/corpus.json": x}, about))
-    examples(10, check, st.builds(lambda x: built | {"new/val_embeddings.safetensors": x}, vectors))
+    examples(10, check, st.builds(lambda x: {"new/corpus.json": x}, about))
+    examples(10, check, st.builds(lambda x: {"new/val_embeddings.safetensors": x}, vectors))
+
+
+def test_drawings_of_damaged_runs_and_reports(place: Place, examples: Callable[..., None]) -> None:
+    def check(files: dict[str, bytes]) -> None:
+        place.place(files)
+        for name in files:
+            for read in readers[name]:
+                with suppress(InputError), warnings.catch_warnings():
+                    read()
+
+    row = "system,bertscore_f1,bertscore_f1_low,bertscore_f1_high\ntrue,0.3,0.2,0.4\nshuffled,0.1,0.0,0.2\n"
+    place.whole["report.csv"] = row.encode()
+    run, predictions = Path("run"), Path("run/predictions.jsonl")
+    readers: dict[str, list[Callable[[], Any]]] = {
+        "run/predictions.jsonl": [
+            *(lambda: ranks_info(run), lambda: similarity_info(run)),
+            *(lambda: sample_frame(predictions), lambda: examples_frame(predictions)),
+        ],
+        "run/metrics.jsonl": [lambda: draw_curves(run)],
+        "report.csv": [lambda: draw_report(Path("report.csv"))],
+    }
+    files = {name: cut if name == "report.csv" else lines for name in readers}
+    for name, kind in files.items():
+        damaged = st.builds(lambda x, name=name: {name: x}, kind(place.whole[name]))
+        examples(20 if name.startswith("run/p") else 4, check, damaged)
+
+
+def test_vectors_that_a_person_names(place: Place, examples: Callable[..., None]) -> None:
+    vector = place.vectors(VECTORS)[0]
+    place.whole["vector.npy"], place.whole["vector.txt"] = npy(vector), ", ".join(map(str, vector)).encode()
+
+    def check(name: str, content: bytes) -> None:
+        place.place({name: content})
+        with suppress(InputError):
+            found = read_vector(name)
+            assert found.dtype == np.float32 and found.ndim == 1
+
+    odd = [
+        np.zeros(()),
+        np.zeros((2, 2, 2)),
+        np.zeros(3, complex),
+        np.array(["a"]),
+        np.zeros((0, 3)),
+        np.zeros(3, "M8"),
+    ]
+    odd += [np.zeros(3, "<i8"), np.zeros(3, bool), np.zeros((2, 3), np.float16)]
+    arrays = st.one_of(cut(place.whole["vector.npy"]), st.sampled_from([npy(array) for array in odd]))
+    examples(30, check, st.just("vector.npy"), arrays)
+    examples(10, check, st.just("vector.txt"), cut(place.whole["vector.txt"]))
+    examples(10, check, st.just("v.safetensors"), tensors(place.whole[VECTORS]))
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def dataset_pairs(config: CorpusConfig) -> list[Pair]:
             ".save_to_disk('folder')` on a machine that reaches "
             "it, copy the folder here and give it as the source"
         ) from error
-    except (ValueError, RuntimeError) as error:  # RuntimeError: the dataset is a script, which datasets does not run
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of datasets: a script, a damaged folder
         reason = str(error).partition("\nExample of usage")[0]
         hint = "; choose one with --dataset-config" if "onfig" in reason else ""
         raise InputError(f"dataset {source!r}, split {split!r}: {reason}{hint}") from error

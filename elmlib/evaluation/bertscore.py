@@ -32,7 +32,7 @@ MAX_TOKENS = 512  # of a text for a tokenizer that has no limit of its own, such
 # Pairs matched at once, as in `BERTScorer.score`: a token whose best cosine is negative counts 0 where padding is.
 MATCH_BATCH = 64
 
-_VERSION = 3  # of the cached encodings: raise it where values or layout change
+_VERSION = 4  # of the cached encodings: raise it where values or layout change
 
 
 class EncoderId(NamedTuple):
@@ -151,7 +151,8 @@ class BERTScoreEvaluator:
         for known in names:
             if known in model2layers:
                 return EncoderId(path, known, model2layers[known])
-        num_layers = AutoConfig.from_pretrained(path).num_hidden_layers
+        with loading(path):
+            num_layers = AutoConfig.from_pretrained(path).num_hidden_layers
         logger.info("bert_score has no tuned layer for %s: its last layer, %d, is used", name, num_layers)
         return EncoderId(path, name, num_layers)
 
@@ -201,7 +202,7 @@ class BERTScoreEvaluator:
 
     def _encode_fixed(self, texts: Iterable[str]) -> dict[str, Encoding]:
         """`_encode`, with `keep` from the cache on disk: the key is the whole set, for the bits depend on it."""
-        from safetensors.torch import load_file, save_file
+        from elmlib.models.adapter import load_cached, save_tensors
 
         ordered = sorted({text for text in texts if text.strip()})
         if not ordered or not self._keep or len(ordered) > CACHED_REFERENCES:
@@ -216,11 +217,11 @@ class BERTScoreEvaluator:
             encoded = self._encode(ordered)
             tensors = {f"tokens {row}": encoded[text].tokens for row, text in enumerate(ordered)}
             tensors |= {f"weights {row}": encoded[text].weights for row, text in enumerate(ordered)}
-            save_file(tensors, folder / "encodings.safetensors")
+            save_tensors(folder / "encodings.safetensors", {name: x.cpu() for name, x in tensors.items()}, {})
 
         folder = cache_folder() / "bertscore" / hashlib.sha256(key.encode()).hexdigest()[:24]
         build_once(folder, build)
-        cached = load_file(folder / "encodings.safetensors")
+        cached = load_cached(folder / "encodings.safetensors")
         return {text: Encoding(cached[f"tokens {row}"], cached[f"weights {row}"]) for row, text in enumerate(ordered)}
 
     def _match(self, predictions: Sequence[Encoding | None], references: Sequence[Encoding]) -> BERTScores:
@@ -234,7 +235,8 @@ class BERTScoreEvaluator:
             rows = list(full)[start : start + MATCH_BATCH]
             padded = self._pad([references[row] for row in rows]) + self._pad([full[row] for row in rows])
             scores[rows] = torch.stack(greedy_cos_idf(*padded), dim=1).cpu().numpy()
-        assert np.isfinite(scores).all(), scores
+        if not np.isfinite(scores).all():
+            raise InputError(f"{self.model} gives scores that are not finite; its weights are damaged")
         return BERTScores(*scores.T)
 
     def _pad(self, encodings: Sequence[Encoding]) -> "tuple[Tensor, Tensor, Tensor]":

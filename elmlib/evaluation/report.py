@@ -49,6 +49,7 @@ _LABELS = {
     "repeated_bigram_rate": "repeated bigrams",
     "distinct_prediction_rate": "distinct summaries",
 }
+_FIELDS = {"prediction": str, "target_text": str, "source_id": str, "rank": int, "embedding_index": int}  # of text
 _MODELS = ("llm_model_name", "embedding_model_name", "embedding_dim", "bertscore_model")
 _COMMON = (*_MODELS, "soft_token_position", "max_new_tokens")  # to adapters that are compared
 
@@ -242,8 +243,9 @@ def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
     for number, line in read_lines(path):
         values = parse_line(line, f"{path}, line {number}")
         for field in fields:
-            if not isinstance(values, dict) or field not in values:
-                raise InputError(f"{path}, line {number} has no {field!r}; expected the predictions of a training run")
+            kind = _FIELDS.get(field, int | float)
+            if not isinstance(values, dict) or not isinstance(values.get(field), kind):
+                raise InputError(f"{path}, line {number} has no {field!r} of its type; expected a run's predictions")
         lines.append(values)
     return lines
 

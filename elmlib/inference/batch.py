@@ -1,6 +1,5 @@
 """Summaries for a file of embeddings, written to JSONL as they are made; a stopped run resumes."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from elmlib import data
-from elmlib.config import InputError
+from elmlib.config import InputError, read_settings
 from elmlib.data import EmbeddingFile, find_records, read_records
 from elmlib.evaluation import read_predictions
 from elmlib.inference.summarizer import Elm
@@ -90,8 +89,6 @@ def read_pairs(predictions: Path, references: Path) -> TextPairs:
     if len(lines) != len(records):
         raise InputError(f"{predictions} has {len(lines)} lines, {references} has {len(records)}; expected as many")
     for number, (line, record) in enumerate(zip(lines, records, strict=True), start=1):
-        if not isinstance(line["prediction"], str):
-            raise InputError(f"{predictions}, line {number}: the prediction is {line['prediction']!r}, not a text")
         if line.get("embedding_index", record.embedding_index) != record.embedding_index:
             raise InputError(
                 f"{predictions}, line {number}: made from embedding {line['embedding_index']}, but its record in "
@@ -141,7 +138,7 @@ def _resume_output(output: Path, made_from: dict[str, Any], requests: list[tuple
     if not output.exists():
         return 0
     about = output.with_name(output.name + _ABOUT)
-    before = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+    before = read_settings(about) if about.exists() else None
     if before != made_from:
         raise InputError(f"{output} exists and was made from {before}, not from {made_from}; remove it or name another")
     with open(output, "r+b") as file:

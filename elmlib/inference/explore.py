@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -229,15 +230,18 @@ def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
     if not typed and path.suffix == ".safetensors":
         with EmbeddingFile(path) as file:
             rows = file.rows(0, file.num_rows)
-    elif not typed and path.suffix == ".npy":
-        rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
     else:
-        numbers = (text if typed else path.read_text(encoding="utf-8")).replace(",", " ").strip(" \n[]").split()
         try:
-            rows = np.array([numbers], np.float32)
-        except ValueError as error:
+            if not typed and path.suffix == ".npy":
+                rows = np.atleast_2d(np.lib.format.open_memmap(path, mode="r").astype(np.float32, casting="same_kind"))
+            else:
+                numbers = (text if typed else path.read_text(encoding="utf-8")).replace(",", " ").strip(" \n[]").split()
+                rows = np.array([numbers], np.float32)
+        except (ValueError, TypeError, OverflowError, TokenError) as error:  # of numpy and of the text's decoder
             name = "the text" if typed else path
             raise InputError(f"{name} is no vector: {error}; expected numbers between spaces or commas") from error
+    if rows.ndim != 2:
+        raise InputError(f"{path} is an array of shape {rows.shape}; expected one vector or rows of vectors")
     if not 0 <= row < len(rows):
         raise InputError(f"{path} has {len(rows)} vectors; there is no row {row}")
     return rows[row]

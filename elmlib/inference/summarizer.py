@@ -185,9 +185,10 @@ class Elm(ModelHubMixin, library_name="elmlib", tags=["elm", "text-embedding", "
 def _read_about(folder: Path) -> dict[str, Any]:
     """What `save_pretrained` wrote beside an adapter, or the results of its run."""
     saved, run = folder / _ABOUT, folder / "result.json"
-    if saved.is_file():
-        return read_settings(saved)
-    return {"metrics": read_settings(run)} if run.is_file() else {}
+    about = read_settings(saved) if saved.is_file() else {"metrics": read_settings(run)} if run.is_file() else {}
+    if not isinstance(metrics := about.get("metrics", {}), dict):
+        raise InputError(f"{saved}: metrics is {metrics!r:.80}; expected names and numbers")
+    return about
 
 
 def _same_model(path: Path, kind: str, trained: str, wanted: str) -> str:

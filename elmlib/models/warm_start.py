@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.data.dataset import Batch, SummaryDataset
 from elmlib.data.records import build_once, cache_folder
-from elmlib.models.adapter import EmbeddingAdapter, LinearMap, make_adapter
+from elmlib.models.adapter import EmbeddingAdapter, LinearMap, load_cached, make_adapter, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ MEAN_SHARE = 1.0
 was 5 times the own part (7,200 docstrings); without any of it, training ended at a higher NLL."""
 
 _FLOOR = 0.1  # of the mean eigenvalue, added to each: the least common directions are mostly noise
-_VERSION = 2  # of the code that computes the fits: raise it where their values change
+_VERSION = 3  # of the code that computes the fits: raise it where their values change
 _FILE = "fits.safetensors"
 _RIDGES = ("to_tokens", "to_embedding")
 
@@ -215,11 +214,11 @@ def _write(path: Path, warm_start: WarmStart) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"the fit {name} is not finite; look for bad vectors with `elm filter`")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {})
 
 
 def _read(path: Path, device: torch.device) -> WarmStart:
-    loaded = load_file(path)
+    loaded = load_cached(path)
     # Apple's GPUs have no float64.
     tensors = {
         name: x if device.type == "mps" and x.dtype == torch.float64 else x.to(device) for name, x in loaded.items()

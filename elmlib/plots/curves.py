@@ -57,7 +57,7 @@ def draw_curves(run: Path) -> "Figure":
         if trained in steps:
             smooth = steps[trained].rolling(_SMOOTHED, min_periods=1).mean()
             ax.plot(steps.step, smooth, color=TRAIN, label="training")
-        if evaluated in evaluations:
+        if {evaluated, f"{evaluated}_shuffled"} <= {*evaluations}:
             x, true, shuffled = (evaluations[name] for name in ("step", evaluated, f"{evaluated}_shuffled"))
             ax.plot(x, true, color=TRUE, marker="o", label="validation, true embeddings")
             ax.plot(x, shuffled, color=SHUFFLED, marker="o", linestyle="--", label="validation, shuffled embeddings")

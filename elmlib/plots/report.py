@@ -76,10 +76,16 @@ def draw_report(path: Path) -> "Figure":
     import pandas
     from matplotlib.figure import Figure
 
-    frame = pandas.read_csv(path, index_col=0)
+    try:
+        frame = pandas.read_csv(path, index_col=0)
+    except ValueError as error:  # of pandas: no table, or other bytes
+        raise InputError(f"{path} is no table: {error}") from error
     columns = ["bertscore_f1", "bertscore_f1_low", "bertscore_f1_high"]
-    if missing := [column for column in columns if column not in frame]:
-        raise InputError(f"{path} has no column {missing[0]!r}; expected what `elm report --output` writes")
+    if bad := [column for column in columns if column not in frame or frame[column].dtype.kind not in "if"]:
+        raise InputError(f"{path} has no column {bad[0]!r} of numbers; expected what `elm report --output` writes")
+    mean, low, high = (frame[column] for column in columns)
+    if frame.empty or not mean.between(low, high).all():
+        raise InputError(f"{path}: no system, or a mean outside its interval; expected what `elm report` writes")
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(frame)), layout="constrained")
     ax = figure.subplots()
     for place, (name, mean, low, high) in enumerate(frame[columns].itertuples()):

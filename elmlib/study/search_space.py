@@ -104,7 +104,11 @@ def base_settings(config: StudyConfig) -> SummaryTrainingConfig:
     if config.wandb:
         import wandb
 
-        if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
+        try:
+            mode = wandb.setup().settings.mode
+        except ValueError as error:  # of wandb, for a variable that it does not know
+            raise InputError(f"wandb's settings in the environment (WANDB_...): {error}") from error
+        if mode not in ("offline", "disabled") and not wandb.api.api_key:
             raise InputError("--wandb needs an account: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
     if "eval_first" not in named:
         own["eval_first"] = False

@@ -84,6 +84,14 @@ def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBSto
         ) from error
 
 
+def reach_storage(address: str, heartbeat: int = 30) -> RDBStorage:
+    """`open_storage` for a command: InputError where no database answers, or one of another form."""
+    try:
+        return open_storage(address, heartbeat)
+    except (exc.DBAPIError, RuntimeError) as error:  # RuntimeError: Optuna's, of tables by another version
+        raise InputError(f"{make_url(address)!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
 def _escaped(path: str) -> str:
     """`path` for Optuna and papermill, which take it for a format string."""
     return path.replace("{", "{{").replace("}", "}}")
@@ -141,7 +149,7 @@ class TrialProcess:
         write_json(jupyter / "kernels" / "elm" / "kernel.json", kernel)
         search = [str(jupyter.absolute()), os.environ.get("JUPYTER_PATH", "")]
         paths = [_escaped(str(path)) for path in (notebook, folder / notebook.name)]
-        flags = ["-f", str(folder / "parameters.yaml"), "-k", "elm", "--no-progress-bar"]
+        flags = ["-f", str(folder / "parameters.yaml"), "-k", "elm", "-l", "python", "--no-progress-bar"]
         with open(folder / "trial.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _PAPERMILL, *paths, *flags],

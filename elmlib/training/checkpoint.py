@@ -74,6 +74,8 @@ def load_run(
     """Restore weights, optimizer and the random state of process `rank`, and return the run state. Raises InputError
     where the run had another number of processes: it would repeat rows, or never end."""
     tensors, header = load_tensors(_state_path(path))
+    if missing := {"step", "epoch"} - header.keys():
+        raise InputError(f"{_state_path(path)} holds no run state: its header has no {', '.join(sorted(missing))}")
     if (saved := header.get("processes", 1)) != processes:
         raise InputError(f"cannot continue {path}: {saved} processes wrote it, now there are {processes}; use as many")
     adapter.load_state_dict(load_adapter(path).weights)

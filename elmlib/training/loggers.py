@@ -84,8 +84,9 @@ def read_metrics(path: Path) -> list[MetricsRow]:
             values = parse_line(line, f"{path}, line {number}")
             named = values if isinstance(values, dict) else {}
             kind, step, epoch = (named.pop(name, None) for name in ("kind", "step", "epoch"))
-            if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(epoch, int | float):
-                raise InputError(f"{path}, line {number}: expected a kind, a step and an epoch, found {line!r:.80}")
+            numbers = all(isinstance(value, int | float) for value in (epoch, *named.values()))
+            if not isinstance(kind, str) or not isinstance(step, int) or not numbers:
+                raise InputError(f"{path}, line {number}: expected a kind, a step and numbers, found {line!r:.80}")
             rows.append(MetricsRow(kind, step, epoch, named))
     return rows
 
@@ -96,13 +97,13 @@ class WandbLog:
     def __init__(self, config: SummaryTrainingConfig):
         import wandb  # only here: without --wandb it is never imported
 
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name or None,
-            group=config.wandb_group or None,
-            dir=config.checkpoint_dir,
-            config=config.identity(),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project, name=config.wandb_run_name or None, group=config.wandb_group or None,
+                dir=config.checkpoint_dir, config=config.identity(),
+            )  # fmt: skip
+        except (wandb.Error, ValueError) as error:  # of wandb: account, server, a variable that it does not know
+            raise InputError(f"wandb does not start (WANDB_... in the environment): {error}") from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -86,7 +86,10 @@ class _Run:
     def __init__(self, config: SummaryTrainingConfig, loggers: Sequence[RunLogger], stop: Callable[[], str]):
         self.config, self.extra, self.stop = config, loggers, stop
         waiting = InitProcessGroupKwargs(timeout=timedelta(hours=_EVALUATION_HOURS))
-        self.accelerator = Accelerator(kwargs_handlers=[waiting])
+        try:
+            self.accelerator = Accelerator(kwargs_handlers=[waiting])
+        except (ImportError, ValueError) as error:
+            raise InputError(f"accelerate's settings in the environment (ACCELERATE_...): {error}") from error
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.checkpoint_dir)
         resumed = checkpoint.find_checkpoint(config)  # before anything is loaded: a wrong path fails at once

@@ -17,7 +17,7 @@ from elmlib.config import CorpusConfig, FilterConfig, InputError
 from elmlib.data import sources
 from elmlib.data.corpus import build_corpus, drop_duplicates, pair_records, split_pairs
 from elmlib.data.filtering import filter_corpus
-from elmlib.data.records import SPLITS, EmbeddingFile, Record, parse_record, read_records
+from elmlib.data.records import SPLITS, EmbeddingFile, Record, parse_record, read_records, write_embeddings
 from elmlib.data.sources import Pair, dataset_pairs, jsonl_pairs, read_docstrings, read_source
 
 DIM = 8
@@ -417,7 +417,18 @@ def cut_embeddings(config: CorpusConfig) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("harm", [remove_records, cut_embeddings])
+def change_records(config: CorpusConfig) -> None:
+    path = config.output_dir / "val_synthesis.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"variation":0', b'"variation":1', 1))
+
+
+def turn_embeddings(config: CorpusConfig) -> None:
+    path = config.output_embeddings_dir / "val_embeddings.safetensors"
+    with EmbeddingFile(path) as file:
+        write_embeddings(path, (file.dim, file.num_rows), [file.raw(0, file.num_rows)], metadata=file.metadata)
+
+
+@pytest.mark.parametrize("harm", [remove_records, cut_embeddings, change_records, turn_embeddings])
 def test_a_damaged_split_is_made_again(tmp_path: Path, harm: Callable[[CorpusConfig], None]):
     config = make_config(tmp_path)
     build_corpus(config, embed, progress=False)

@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import (
@@ -268,6 +269,19 @@ def test_an_llm_that_needs_token_ids_beside_the_embeddings_is_refused(tiny_llm):
     llm.base_model.register_forward_pre_hook(add_by_id, with_kwargs=True)
     with pytest.raises(InputError, match=r"token ids"):
         check_llm(llm)
+
+
+@pytest.mark.parametrize("fault", ["a tensor is gone", "a tensor of another size", "a tensor is not finite"])
+def test_weights_that_are_not_the_whole_models_are_bad_input(tiny_llm, tmp_path, fault):
+    path = Path(shutil.copytree(tiny_llm, tmp_path / "llm")) / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = weights.pop(name)
+    if fault != "a tensor is gone":
+        weights[name] = weight[1:].clone() if "size" in fault else weight * float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj|not finite"):
+        check_llm(load_llm(str(path.parent), torch.float32, "cpu")[0])
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"

@@ -226,6 +226,12 @@ def test_fits_come_back_from_the_cache_as_they_were_computed(given, tmp_path, mo
     for found in (load_warm_start(*given), load_warm_start(*given)):
         for one, other in zip(flat(computed), flat(found), strict=True):
             assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+    (path,) = tmp_path.rglob("fits.safetensors")
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 255]) + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"remove {path.parent}"):
+            load_warm_start(*given)
 
 
 def test_they_are_computed_once_for_each_data_and_llm(given, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from elmlib.config import InputError
 from elmlib.plots.curves import LiveCurves, curves_info, draw_curves, draw_map, to_png
 from elmlib.training.loggers import MetricsRow
 
@@ -37,7 +36,7 @@ def test_curves_info_keeps_predicted_and_drift_similarity_apart(name: str, tmp_p
 
 
 def test_curves_info_names_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"metrics\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
         curves_info(tmp_path)
 
 

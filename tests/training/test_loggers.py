@@ -10,7 +10,8 @@ import pytest
 from wandb_files import read_run
 
 from elmlib.config import InputError, SummaryTrainingConfig
-from elmlib.training.loggers import MetricsLog, MetricsRow, read_metrics
+from elmlib.training.loggers import MetricsLog, MetricsRow, WandbLog, read_metrics
+from elmlib.training.trainer import train
 
 
 def test_read_metrics_returns_the_logged_rows_without_an_incomplete_line(tmp_path: Path) -> None:
@@ -57,6 +58,16 @@ def test_wandb_offline_writes_the_guides_metrics(tiny_config: SummaryTrainingCon
     assert (run.project, run.name, run.group) == (config.wandb_project, "try", "tries")
     names = {name for row in run.history for name in row}
     assert {"train/loss", "val/bertscore_composite", "val/drift_similarity", "val/bertscore_f1", "epoch"} <= names
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE=foo", "WANDB_BASE_URL=foo", "ACCELERATE_DYNAMO_BACKEND=foo"])
+def test_a_variable_that_a_library_does_not_know_is_one_line(
+    tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(*variable.split("="))
+    start = WandbLog if variable.startswith("W") else train
+    with pytest.raises(InputError, match=rf"{variable.partition('_')[0]}_\.\.\."):
+        start(replace(tiny_config, checkpoint_dir=str(tmp_path)))
 
 
 def test_without_the_flag_wandb_is_not_imported(tiny_config: SummaryTrainingConfig, tmp_path: Path) -> None:
