@@ -199,7 +199,8 @@ def _writing(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from error
     except OSError as error:
-        error.filename = error.filename or str(folder)
+        if error.errno and not error.filename:
+            error.filename = str(folder)
         raise
 
 
