@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from elmlib.config import DashboardConfig, InputError, StudyConfig, StudyPlace, SummaryTrainingConfig
 from elmlib.data.records import atomic_path, write_json
 from elmlib.study.search_space import DEFAULTS
-from elmlib.study.trial import STORAGE_VARIABLE, Outcome, reach_storage
+from elmlib.study.trial import STORAGE_VARIABLE, Outcome, open_storage
 
 if TYPE_CHECKING:
     import pandas
@@ -210,7 +210,7 @@ def open_study(config: StudyPlace) -> optuna.Study:
     path = address.removeprefix("sqlite:///")
     if path != address and not Path(path).is_file():
         raise InputError(f"no study {path}; `elm study` makes it, or name another one with --storage")
-    storage = reach_storage(address)
+    storage = open_storage(address)
     try:
         return optuna.load_study(study_name=config.study_name, storage=storage)
     except KeyError as error:
@@ -224,6 +224,6 @@ def serve_dashboard(config: DashboardConfig) -> None:
     from optuna.artifacts import FileSystemArtifactStore
 
     open_study(config)
-    storage, artifacts = reach_storage(storage_address(config)), config.folder / "artifacts"
+    storage, artifacts = open_storage(storage_address(config)), config.folder / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)
     optuna_dashboard.run_server(storage, "127.0.0.1", config.port, FileSystemArtifactStore(artifacts))

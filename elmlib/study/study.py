@@ -34,7 +34,7 @@ from elmlib.data.records import atomic_path
 from elmlib.evaluation.metrics import objective
 from elmlib.study import results
 from elmlib.study.search_space import check_contract, plan_study
-from elmlib.study.trial import PRUNER, STORAGE_VARIABLE, Outcome, TrialProcess, patiently, reach_storage, run_files
+from elmlib.study.trial import PRUNER, STORAGE_VARIABLE, Outcome, TrialProcess, open_storage, patiently, run_files
 from elmlib.training.loggers import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Launcher:
         import optuna_dashboard  # noqa: F401  (`publish` needs it: told before a trial is trained)
 
         self.config, self.plan = config, plan_study(config)
-        self.storage = reach_storage(results.storage_address(config), config.heartbeat)
+        self.storage = open_storage(results.storage_address(config), config.heartbeat)
         self.is_shared = self.storage.engine.dialect.name == "postgresql"
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.started = datetime.now()

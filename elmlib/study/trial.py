@@ -21,7 +21,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import exc, make_url
 from sqlalchemy.pool import NullPool
 
-from elmlib.config import InputError, SummaryTrainingConfig
+from elmlib.config import InputError, SummaryTrainingConfig, read_settings
 from elmlib.data.records import write_json
 from elmlib.evaluation.metrics import objective
 from elmlib.training.loggers import MetricsRow, RunLogger
@@ -82,14 +82,6 @@ def open_storage(address: str, heartbeat: int = 30, attempts: int = 5) -> RDBSto
             f"{shown} is no database URL or has no driver; expected sqlite:///study.db for example, or after "
             "pip install -e '.[postgres]' postgresql+psycopg://..."
         ) from error
-
-
-def reach_storage(address: str, heartbeat: int = 30) -> RDBStorage:
-    """`open_storage` for a command: InputError where no database answers, or one of another form."""
-    try:
-        return open_storage(address, heartbeat)
-    except (exc.DBAPIError, RuntimeError) as error:  # RuntimeError: Optuna's, of tables by another version
-        raise InputError(f"{make_url(address)!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
 
 
 def _escaped(path: str) -> str:
@@ -176,9 +168,15 @@ class TrialProcess:
         if code == 0 and not path.is_file():
             return Outcome("failed", "the notebook ran to its end but left no result.json")
         if code == 0:
-            result = json.loads(path.read_text("utf-8"))
-            metrics = {name: value for name, value in result.items() if isinstance(value, int | float)}
-            return Outcome("pruned" if result["stopped"] else "complete", result["stopped"], metrics=metrics)
+            try:
+                result = read_settings(path)
+                metrics = {name: value for name, value in result.items() if isinstance(value, int | float)}
+                stopped = str(result["stopped"] or "")
+                if not stopped:
+                    objective(metrics)
+            except (InputError, KeyError) as error:  # of a person's own notebook
+                return Outcome("failed", f"{path} is not what a training writes: {error!r}")
+            return Outcome("pruned" if stopped else "complete", stopped, metrics=metrics)
         cells = [cell for path in self.folder.glob("*.ipynb") for cell in json.loads(path.read_text("utf-8"))["cells"]]
         for output in [output for cell in cells for output in cell.get("outputs", ())]:
             if output["output_type"] == "error":

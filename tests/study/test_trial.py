@@ -1,6 +1,7 @@
 """A trial's process runs this Python with its parameters; its callback reports, prunes and survives a full GPU."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,13 @@ def test_train_after_a_lack_of_memory_ends_as_if_begun_with_half_the_batch(
     result = OptunaCallback(optuna.create_study().ask(), config.evals_per_epoch or 1).train(config)
     half = replace(config, batch_size=4, gradient_accumulation_steps=2, checkpoint_dir=str(tmp_path / "half"))
     assert result.last.read_bytes() == trainer.train(half).last.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"stopped": ""}', '{"stopped": "", "bertscore_composite": null}'])
+def test_a_result_of_another_form_fails_the_trial(tmp_path: Path, content: str) -> None:
+    trial = TrialProcess.__new__(TrialProcess)
+    trial.folder, trial.process = tmp_path, subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    (tmp_path / "result.json").write_text(content)
+    trial.process.wait()
+    outcome = trial.outcome()
+    assert outcome.kind == "failed" and "result.json" in outcome.reason
