@@ -36,8 +36,7 @@ class InputError(ValueError):
 
 
 class Settings:
-    """What the settings of every command have in common: their types are checked, and `~` at the start of a path or
-    name is the home folder."""
+    """What the settings of all commands share: types are checked, and `~` before a path or name is the home folder."""
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not MISSING}  # of a flag yet to be read

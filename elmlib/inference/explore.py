@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import ipywidgets
     import pandas
 
-GREEDY, BEAMS, SAMPLED, BEST_OF = "greedy", "beam search", "sampled", "best of several samples"
+GREEDY, SAMPLED, BEST_OF = "greedy", "sampled", "best of several samples"
 
 
 class Question(NamedTuple):
@@ -44,8 +44,7 @@ class Explorer:
     """A trained adapter and the data that it was trained on: summaries, comparisons, and cards for a notebook."""
 
     def __init__(self, elm: Elm, data_dir: Path | str, split: str = "val"):
-        """`split` holds the texts to choose from. Raises as `load_split` does, and InputError for vectors of another
-        size or a split of one source."""
+        """`split` holds the texts to choose from. Raises as `load_split` does, and for a split of one source."""
         self.elm = elm
         config = replace(elm.file.config, summary_data_path=str(data_dir))
         self.train, self.val = (load_split(config, name, elm.model.tokenizer) for name in ("train", split))
@@ -73,18 +72,15 @@ class Explorer:
         vector: np.ndarray,
         decoding: str = GREEDY,
         tokens: int = 32,
-        beams: int = 4,
         temperature: float = 0.7,
         top_p: float = 0.95,
         candidates: int = 8,
     ) -> Iterator[str]:
-        """The summary of `vector` (embedding_dim,) after each token; with BEAMS and BEST_OF only the whole one.
-        `decoding` is GREEDY, BEAMS, SAMPLED or BEST_OF and takes of the other settings what it needs. BEST_OF: the
+        """The summary of `vector` (embedding_dim,) after each token; with BEST_OF only the whole one.
+        `decoding` is GREEDY, SAMPLED or BEST_OF and takes of the other settings what it needs. BEST_OF: the
         candidate whose re-embedding is nearest to the vector."""
         batch, model = self.elm.batch(vector[None]), self.elm.model
-        if decoding == BEAMS:
-            yield model.search_beams(batch, tokens, beams)[0]
-        elif decoding == BEST_OF:
+        if decoding == BEST_OF:
             yield self.elm.summarize(vector[None], tokens, Sampling(candidates, temperature, top_p))[0]
         else:
             sampling = Sampling(1, temperature if decoding == SAMPLED else 0.0, top_p)
@@ -131,9 +127,8 @@ class Explorer:
 
         return interactive(
             lambda **_: None,
-            decoding=[GREEDY, BEAMS, SAMPLED, BEST_OF],
+            decoding=[GREEDY, SAMPLED, BEST_OF],
             tokens=IntSlider(32, 4, 128),
-            beams=IntSlider(4, 2, 8),
             temperature=FloatSlider(value=0.7, min=0.1, max=1.5, step=0.1),
             top_p=FloatSlider(value=0.95, min=0.05, max=1.0, step=0.05),
             candidates=IntSlider(8, 2, 32),
@@ -221,8 +216,8 @@ def _with_length(vector: np.ndarray, length: float | np.floating) -> np.ndarray:
 
 def read_vector(text: Path | str, row: int = 0) -> np.ndarray:
     """A vector (dim,) of what a person typed: numbers between spaces or commas, or row `row` of a file. A file is
-    .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises InputError for no such
-    file, and InputError for text that is no vector or a row that the file does not have."""
+    .safetensors with the tensor `embeddings`, .npy, or numbers as text or JSON. Raises InputError for no such file or
+    row, and for text that is no vector."""
     text = str(text).strip()
     typed, path = text.lstrip("[-+. ")[:1].isdigit(), Path(text).expanduser()
     if not typed and not path.is_file():

@@ -94,33 +94,9 @@ class SoftTokenModel:
         for ids in self._answer(batch, max_new_tokens, sampling):
             yield self._texts(batch.prompt, ids)
 
-    @torch.no_grad()
-    def search_beams(self, batch: PromptBatch, max_new_tokens: int, num_beams: int) -> list[str]:
-        """The best answer of each row by beam search, transformers' own, over the whole prompt."""
-        before, between = batch.prompt.around(self.position)
-        soft = self.adapter(batch.embeddings).to(self.table.dtype)
-        first, rest = (
-            self._embed(torch.tensor([part], dtype=torch.long, device=soft.device)).expand(len(soft), -1, -1)
-            for part in (before, between)
-        )
-        embeds = torch.cat([first, soft, rest], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        ids = self._generate(batch.prompt, max_new_tokens, num_beams, inputs_embeds=embeds, attention_mask=mask)
-        return self._texts(batch.prompt, ids.tolist())
-
-    def _generate(self, prompt: PromptIds, max_new_tokens: int, num_beams: int = 1, **inputs: Tensor) -> Tensor:
-        """Token ids by transformers' own generate(), greedy or by beam search."""
-        generate: Any = self.llm.eval().generate  # PreTrainedModel is typed without it
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=self._ends(prompt),
-            pad_token_id=prompt.end_of_turn, do_sample=False,
-        )  # fmt: skip
-        return generate(**inputs, generation_config=settings)
-
     def _answer(self, batch: PromptBatch, max_new_tokens: int, sampling: Sampling) -> Iterator[list[list[int]]]:
-        """Token ids of each row's answers, after each token. transformers' generate() goes on with all rows until the
-        last one has ended, and most summaries are far shorter than the longest: here a row that has ended leaves the
-        batch."""
+        """Token ids of each row's answers, after each token. Most summaries are far shorter than the longest: a row
+        that has ended leaves the batch, while transformers' generate() goes on with all rows."""
         self.llm.eval()
         soft = self.adapter(batch.embeddings).repeat_interleave(sampling.count, dim=0)
         embeds, cache = self.place_tokens(batch.prompt, soft)
@@ -155,7 +131,10 @@ class SoftTokenModel:
         pad: dict[str, Any] = {"batch_first": True, "padding_side": "left", "padding_value": prompt.end_of_turn}
         padded = pad_sequence(rows, **pad)
         mask = pad_sequence([torch.ones_like(row) for row in rows], **pad | {"padding_value": 0})
-        ids = self._generate(prompt, max_new_tokens, input_ids=padded, attention_mask=mask)
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=prompt.end_of_turn, do_sample=False)
+        settings.eos_token_id = self._ends(prompt)
+        generate: Any = self.llm.eval().generate  # PreTrainedModel is typed without it
+        ids = generate(input_ids=padded, attention_mask=mask, generation_config=settings)
         return self._texts(prompt, ids[:, padded.shape[1] :].tolist())
 
     def _ends(self, prompt: PromptIds) -> list[int]:

@@ -233,8 +233,7 @@ class OptunaCallback:
         """The launcher ends the trial, not its notebook."""
 
     def train(self, config: SummaryTrainingConfig, loggers: Sequence[RunLogger] = ()) -> "TrainResult":
-        """Train; a trial that runs out of GPU memory starts again, as do its next attempts, with half the batch and
-        twice the accumulation."""
+        """Train; after a lack of GPU memory, start again with half the batch and twice the accumulation, for good."""
         from accelerate.utils import release_memory
 
         from elmlib.training.trainer import train

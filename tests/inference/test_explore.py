@@ -17,7 +17,6 @@ from sentence_transformers.util import cos_sim
 
 from elmlib.config import InputError
 from elmlib.inference.explore import (
-    BEAMS,
     BEST_OF,
     SAMPLED,
     Explorer,
@@ -112,8 +111,6 @@ def test_stream_grows_token_by_token_to_the_summary(explorer: Explorer) -> None:
 def test_summarize_decodes_as_the_decoding_says(explorer: Explorer) -> None:
     vector, model = explorer.vectors[1], explorer.elm.model
     batch = explorer.elm.batch(vector[None])
-    assert explorer.summarize(vector, decoding=BEAMS, beams=3, tokens=6) == model.search_beams(batch, 6, 3)[0]
-    assert model.search_beams(batch, 6, 1) == model.generate(batch, 6)
     drawn = explorer.summarize(vector, decoding=BEST_OF, temperature=1.5, candidates=4, tokens=6)
     assert drawn == explorer.elm.summarize(vector[None], 6, Sampling(4, 1.5))[0]
     sampled = explorer.summarize(vector, decoding=SAMPLED, temperature=1.5, candidates=4, tokens=6)
@@ -240,9 +237,9 @@ def test_card_decodes_by_the_shared_settings(explorer: Explorer) -> None:
     card = explorer.card(lambda: Question(explorer.vectors[1]), button="Summarise")
     method = one(explorer.decoding, ipw.Dropdown)
     try:
-        method.value = BEAMS
+        method.value = BEST_OF
         one(card, ipw.Button).click()
-        summary = explorer.summarize(explorer.vectors[1], decoding=BEAMS, beams=4, tokens=6)
+        summary = explorer.summarize(explorer.vectors[1], decoding=BEST_OF, tokens=6)
         assert escape(summary) in one(card, ipw.HTML).value
     finally:
         method.value = "greedy"

@@ -357,17 +357,8 @@ def test_a_tokenizer_without_eos_reads_and_writes(model, split):
 def test_a_tokenizer_without_chat_template_is_refused(tiny_llm):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
     tokenizer.chat_template = None
-    with pytest.raises(InputError, match="no chat template or no end of sequence; use an instruct model"):
+    with pytest.raises(InputError, match="no chat template; use an instruct model"):
         prompt_ids(tokenizer, TEMPLATE)
-    for template, fault in (
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "drops or repeats"),
-        ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "drops or repeats"),
-        ("{{ raise_exception('no') }}", "fails: no"),
-        ("{% for", "fails"),
-    ):
-        tokenizer.chat_template = template
-        with pytest.raises(InputError, match=fault):
-            prompt_ids(tokenizer, TEMPLATE)
 
 
 @pytest.mark.parametrize("template", ["Summarize.", "", "{text} and {text}"])

@@ -84,7 +84,7 @@ def test_load_space_reads_yaml(tmp_path: Path) -> None:
         ("dropout_rate: {low: 0.0, high: 1.5}", "1.5"),
         ("llm_model_name: {low: 1, high: 2}", "llm_model_name"),
         ("eval_samples: {choices: [10, 20]}", "eval_samples cannot be searched"),
-        ("- learning_rate", "list"),
+        ("- learning_rate", "found"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -96,7 +96,7 @@ def test_load_space_refuses_a_wrong_range_with_file_and_setting(text: str, messa
 
 
 def test_load_space_refuses_a_file_that_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         load_space(tmp_path / "none.yaml")
     (tmp_path / "space.yaml").write_text("{}")
     with pytest.raises(InputError, match=r"space\.yaml: expected settings"):
