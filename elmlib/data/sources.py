@@ -23,7 +23,7 @@ from elmlib.data.records import parse_line, read_lines
 SUMMARY_WORDS = range(4, 31)
 MIN_TEXT_WORDS = 25
 # A list, and not what elmlib requires: a change of its requirements would draw another corpus.
-PACKAGES = Path(__file__).with_name("packages.txt").read_text(encoding="utf-8").split()
+PACKAGES = Path(__file__).with_name("packages.txt")
 _NO_MODULES = {"..", "test", "tests", "idle_test"}
 _FILES_A_PROCESS = 128  # starting a process takes longer than parsing fewer
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
@@ -121,7 +121,7 @@ def _is_text(value: Any) -> bool:
 def documented_packages() -> list[Distribution]:
     """Those of PACKAGES that are installed, ordered by name."""
     found = []
-    for name in PACKAGES:
+    for name in PACKAGES.read_text(encoding="utf-8").split():
         with suppress(PackageNotFoundError):  # of an extra that was not asked for
             found.append(distribution(name))
     return found
