@@ -152,7 +152,7 @@ def load_llm(
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     llm, found = loaded
     if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random numbers
-        raise InputError(f"{name}: the weights in {place} lack, or have in another size, {missing!s:.200}")
+        raise InputError(f"{place} cannot be loaded: it lacks weights, or they have another size: {missing!s:.200}")
     llm = llm.requires_grad_(False).eval()
     fuse_norms(llm)
     if shard:

@@ -297,7 +297,7 @@ QUANTIZED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4b
         ("config.json", QUANTIZED, "pip install -U bitsandbytes"),
         ("config.json", {"model_type": "t5"}, "this kind of AutoModel: AutoModelForCausalLM"),
         ("config.json", {"model_type": "no-such-family"}, "no-such-family"),
-        ("config.json", {"hidden_size": 64}, "have in another size"),
+        ("config.json", {"hidden_size": 64}, "they have another size"),
     ],
 )
 def test_an_llm_that_cannot_be_loaded_is_one_line(tiny_llm, tmp_path, name, content, reason):
