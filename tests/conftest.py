@@ -36,6 +36,7 @@ from elmlib.config import OFFLINE_EMBEDDER, SummaryTrainingConfig
 from elmlib.data.prompts import TASK_TEMPLATES
 from elmlib.data.records import SPLITS, Record, write_embeddings
 from elmlib.models.pretrained import encode, find, load_embedder
+from elmlib.training.loggers import MetricsRow
 from elmlib.training.trainer import train
 
 SUBJECTS = ("parser", "server", "tensor", "kernel", "socket", "buffer", "thread", "planet", "garden", "engine")
@@ -230,3 +231,17 @@ def run_postgres() -> Iterator[str]:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     finally:
         server.cleanup()
+
+
+class StopAt:
+    """A logger that fails at a step, as a crash would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def log(self, row: MetricsRow) -> None:
+        if row.kind == "step" and row.step == self.step:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass

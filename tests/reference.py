@@ -15,7 +15,7 @@ from elmlib.evaluation import BERTScores
 from elmlib.models import SoftTokenModel
 from elmlib.models.warm_start import mean_token_embedding
 from elmlib.training import TrainingComponents, info_nce, text_drift
-from elmlib.training.losses import Predictions
+from elmlib.training.losses import Predictions, compute_losses, total_loss
 
 
 def naive_embeds(model: SoftTokenModel, batch: Batch | PromptBatch, answer: Tensor | None = None) -> Tensor:
@@ -71,6 +71,21 @@ def batched_summaries(model: SoftTokenModel, batch: PromptBatch, max_new_tokens:
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     ids = model.llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def check_losses(components: TrainingComponents, batch: Batch, config: SummaryTrainingConfig) -> None:
+    """Assert that `compute_losses` and its gradient are those of `naive_losses`."""
+    adapter, results = components.model.adapter, []
+    for compute in (naive_losses, compute_losses):
+        sums = compute(components, batch, config)
+        total_loss(sums, {"token": batch.num_tokens, "row": len(batch.labels)}, config).backward()
+        results.append((sums, adapter.linear.weight.grad.clone()))
+        adapter.zero_grad()
+    (naive, naive_slope), (ours, slope) = results
+    assert naive.keys() == ours.keys()
+    for name in naive:
+        torch.testing.assert_close(naive[name], ours[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(naive_slope, slope, rtol=1e-3, atol=1e-6)
 
 
 def naive_bertscore(

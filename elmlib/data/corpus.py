@@ -65,10 +65,10 @@ class CorpusReport:
 def build_corpus(
     config: CorpusConfig, embed: Embed, progress: bool = True, count_cut: Callable[[list[str]], int] | None = None
 ) -> CorpusReport:
-    """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are. `embed` turns texts
-    into float32 rows, and `count_cut` counts those longer than it reads. No vector stands in two splits. A stopped
-    build resumes at the first batch that was not stored. Raises InputError for a bad source, an empty split and a
-    vector that is not finite or all zero."""
+    """Write records, embeddings and `corpus.json`; complete and unchanged files stay as they are. `embed` maps texts to
+    float32 vectors. `count_cut` counts the texts that are longer than the embedder's limit. Each vector is in one split
+    only. A stopped build resumes at the first batch that was not stored. Raises InputError for a bad source, an empty
+    split and a vector that is not finite or all zero."""
     found, skipped = read_source(config, progress)
     pairs, dropped = drop_duplicates(found, _DOCSTRING_OPENING if config.source == "docstrings" else None)
     if 0 < config.limit < len(pairs):

@@ -99,7 +99,7 @@ def _wheel_version(name: str) -> str:
 def locate(name: str, revision: str = "") -> str:
     """What `from_pretrained` should be given for `name`: `find`, plus one question to the hub for a hub id. With the
     hub out of reach it is the cached snapshot's folder, so that no loader retries for minutes. Raises
-    InputError, with the places looked at and how to get the model by hand, where it is nowhere, and InputError
+    InputError, with the places looked at and how to get the model by hand, where it is nowhere, and
     for an installed wheel of another version than `revision`."""
     found = find(name)
     if Path(found).is_dir():
@@ -146,9 +146,9 @@ def load_llm(
     # In bfloat16 on a CPU the fused kernel's backward pass is slow: a step took 1.18 times as long with it.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else None
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options |= {"revision": revision or "main", "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading(place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision or "main")
-        options |= {"revision": revision or "main", "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     llm, found = loaded
     if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random numbers
@@ -239,7 +239,7 @@ def count_cut(embedder: "SentenceTransformer", texts: Sequence[str]) -> int:
     longest = embedder.max_seq_length or float("inf")
     if longest == float("inf"):  # a static embedder, whose tokenizer cannot be called
         return 0
-    return sum(len(embedder.tokenizer(text, verbose=False).input_ids) > longest for text in texts)
+    return sum(len(ids) > longest for ids in embedder.tokenizer(list(texts), verbose=False).input_ids)
 
 
 def default_device() -> "torch.device":

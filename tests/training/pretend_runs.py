@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pretend_gpu  # first: it changes what the others import
 import torch
 from accelerate import Accelerator
-from conftest import tiny_settings
+from conftest import StopAt, tiny_settings
 
 from elmlib import Elm
 from elmlib.evaluation import score_checkpoint
 from elmlib.inference.batch import generate_file
 from elmlib.models.elm import Sampling, SoftTokenModel
 from elmlib.training import setup, trainer
-from elmlib.training.loggers import MetricsRow, read_metrics
+from elmlib.training.loggers import read_metrics
 
 DEVICE = torch.device(pretend_gpu.DEVICE_NAME)
 steps: list[tuple[int, int]] = []  # (micro-batches, waits) of each optimizer step
@@ -33,20 +33,6 @@ class OnDevice(Accelerator):
     """accelerate on the pretend GPU."""
 
     device = DEVICE
-
-
-class StopAt:
-    """A logger that fails at a step, as a crash would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def log(self, row: MetricsRow) -> None:
-        if row.kind == "step" and row.step == self.step:
-            raise KeyboardInterrupt
-
-    def close(self) -> None:
-        pass
 
 
 def counting(function: Callable[..., Any], note: Callable[[int, tuple[Any, ...]], None]) -> Callable[..., Any]:

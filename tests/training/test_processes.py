@@ -11,7 +11,6 @@ from training.test_setup import launch, two_processes
 
 from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.training import trainer, validation
-from elmlib.training.loggers import read_metrics
 from elmlib.training.setup import build_components
 from elmlib.training.trainer import train
 
@@ -79,18 +78,6 @@ def test_a_run_refuses_to_resume_on_another_number_of_processes(config: SummaryT
     saved = tmp_path / "two/run/adapter_step_2.safetensors"
     with pytest.raises(InputError, match="2 processes"):
         train(replace(config, resume_from=str(saved)))
-
-
-def test_the_environment_of_accelerate_changes_no_gradient(
-    tiny_config: SummaryTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    norms = []
-    for number, steps in enumerate(("1", "4")):
-        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
-        folder = tmp_path / str(number)
-        train(replace(tiny_config, checkpoint_dir=str(folder), max_epochs=1, train_rows=16, eval_first=False))
-        norms.append([row.values["grad_norm"] for row in read_metrics(folder / "metrics.jsonl") if row.kind == "step"])
-    assert norms[0] == norms[1]
 
 
 def test_an_evaluation_decodes_in_batches(tiny_config: SummaryTrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 
 from elmlib.config import InputError, SummaryTrainingConfig
 from elmlib.models import elm
@@ -25,20 +26,6 @@ from elmlib.training.losses import Predictions, compute_losses
 from elmlib.training.setup import build_components
 from elmlib.training.trainer import UnstableTrainingError, train
 from elmlib.training.validation import Validation, drift_warning
-
-
-class StopAt:
-    """A tracker that fails at a step, as a crash would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def log(self, row: MetricsRow) -> None:
-        if row.kind == "step" and row.step == self.step:
-            raise KeyboardInterrupt
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_run_leaves_its_files_and_every_score_has_its_control(tiny_config: SummaryTrainingConfig) -> None:
